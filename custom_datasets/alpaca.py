@@ -1,0 +1,69 @@
+"""Alpaca: follow an instruction (`instruction`, with or without an `input`) with an answer (`output`).
+
+    python -m llmrecipes.finetuning --dataset alpaca_dataset --model_name MODEL --output_dir OUTPUT
+
+Source: Taori et al., "Stanford Alpaca" (2023), https://github.com/tatsu-lab/stanford_alpaca, 52,002 rows in one
+split, from the hub or, with `--alpaca_dataset.data_path`, from one local file or from a folder with one file per
+split. Licence CC BY-NC 4.0: for research, not for business.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from llmrecipes.data.files import Row, load_split, text
+from llmrecipes.errors import DataError
+from llmrecipes.prompts import encode_pairs
+
+HUB = "tatsu-lab/alpaca"
+COLUMNS = ("instruction", "input", "output")
+HELD_OUT_ROWS = 200
+"""The first rows of a set that comes undivided are its validation split, as in llama-recipes."""
+
+WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:"
+)
+WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
+)
+"""Both texts are Stanford Alpaca's, letter by letter: models tuned on them know no other."""
+
+
+def get_preprocessed_alpaca(dataset_config: Any, tokenizer: Any, split: str) -> list[dict[str, list[int]]]:
+    """Returns the samples of `train`, or of `val` (or `validation`): the prompt masked, output and end supervised.
+
+    Rows without an output (Stanford's file has some) teach nothing, so they are left out.
+    """
+    rows = _split_rows(dataset_config, split)
+    kept = [row for row in rows if text(row, "output", blank_allowed=True).strip()]
+    if len(kept) < len(rows):
+        logging.getLogger("llmrecipes").warning(
+            "alpaca, %s: left out %d of %d rows, their output is blank", split, len(rows) - len(kept), len(rows)
+        )
+    return encode_pairs(tokenizer, [(_prompt(row), text(row, "output")) for row in kept])
+
+
+def _prompt(row: Row) -> str:
+    has_input = text(row, "input", blank_allowed=True).strip()
+    text(row, "instruction")
+    return (WITH_INPUT if has_input else WITHOUT_INPUT).format(**row)
+
+
+def _split_rows(dataset_config: Any, split: str) -> list[Row]:
+    """Returns the rows of a folder's file, or of one part of a set that comes undivided; parts share no question."""
+    if split not in ("train", "val", "validation"):
+        raise DataError(f"alpaca has no split {split!r}: its splits are train and val (or validation)")
+    if Path(getattr(dataset_config, "data_path", "") or "_").expanduser().is_dir():
+        return load_split(dataset_config, split, COLUMNS)
+    rows = load_split(dataset_config, getattr(dataset_config, "train_split", "train"), COLUMNS, hub_name=HUB)
+    held_out = rows[:HELD_OUT_ROWS]
+    if split != "train":
+        return held_out
+    held_out_questions = {(row["instruction"], row["input"]) for row in held_out}
+    kept = [row for row in rows if (row["instruction"], row["input"]) not in held_out_questions]
+    if not kept:
+        raise DataError(f"alpaca has {len(rows)} rows, of which the first {HELD_OUT_ROWS} are held out: none is left")
+    return kept

@@ -1,0 +1,130 @@
+"""The trainer's units: a sample (one unpadded example), a batch (one forward), a window (one optimizer step)."""
+
+import itertools
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from llmrecipes.prompts import IGNORED_LABEL
+
+IdArray = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One checked, unpadded example. `row` is its place in the preprocessor's result, for messages."""
+
+    input_ids: IdArray
+    """[tokens]"""
+    labels: IdArray
+    """[tokens]; `IGNORED_LABEL` where not supervised"""
+    row: int
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """The ids before the last supervised stretch: what the model is given at inference."""
+        return self.input_ids[: self._last_stretch()[0]].tolist()
+
+    @property
+    def answer_ids(self) -> list[int]:
+        """The ids of the last supervised stretch: what the model should say."""
+        start, end = self._last_stretch()
+        return self.input_ids[start:end].tolist()
+
+    def _last_stretch(self) -> tuple[int, int]:
+        supervised = np.flatnonzero(self.labels != IGNORED_LABEL)
+        end = int(supervised[-1]) + 1
+        breaks = np.flatnonzero(np.diff(supervised) > 1)
+        start = int(supervised[breaks[-1] + 1]) if len(breaks) else int(supervised[0])
+        return start, end
+
+    @property
+    def supervised_tokens(self) -> int:
+        """Labels that enter the loss. The first token of a sample has nothing before it to be predicted from."""
+        return int((self.labels[1:] != IGNORED_LABEL).sum())
+
+
+BY_DOCUMENT = "documents"
+"""Attention implementation (a model's `_attn_implementation`) that takes `DocumentGroups` instead of a mask."""
+
+GROUP_SPREAD = 1.25
+"""The longest document of a group over its shortest: the share of attention spent on filling stays under a third."""
+
+
+@dataclass(frozen=True)
+class DocumentGroups:
+    """The documents of a batch gathered by like length, so that attention runs once a group and not once a document."""
+
+    gather: tuple[torch.Tensor, ...]
+    """int64 [documents, tokens] each: places in the batch's tokens laid end to end; a document shorter than its group
+    is filled up with its last token, which causal attention keeps out of sight of the real ones"""
+    scatter: torch.Tensor
+    """int64 [rows * tokens]: each token's place in the groups laid end to end; padding's is 0"""
+
+    def to(self, device: torch.device) -> "DocumentGroups":
+        """Returns the groups on `device`, copied without blocking."""
+        gather = tuple(index.to(device, non_blocking=True) for index in self.gather)
+        return DocumentGroups(gather, self.scatter.to(device, non_blocking=True))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one forward takes. `documents` tells which tokens see each other; padding is document 0."""
+
+    input_ids: torch.Tensor
+    """int64 [rows, tokens]"""
+    labels: torch.Tensor
+    """int64 [rows, tokens]; the label of a token is its own id. A document's first token has `IGNORED_LABEL`."""
+    documents: torch.Tensor
+    """int64 [rows, tokens]; 1, 2, ... within a row, 0 for padding"""
+    sample_rows: tuple[int, ...]
+    """`Sample.row` of every sample in it"""
+    groups: DocumentGroups | None
+    """where the documents are; None where every row holds one"""
+    supervised_tokens: int
+    useful_tokens: int
+
+    def to(self, device: torch.device) -> "Batch":
+        """Returns the batch on `device`, copied without blocking."""
+        tensors = {name: getattr(self, name) for name in ("input_ids", "labels", "documents")}
+        moved: dict[str, Any] = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+        return replace(self, **moved, groups=self.groups.to(device) if self.groups else None)
+
+
+def document_groups(documents: npt.NDArray[np.int64]) -> DocumentGroups | None:
+    """Returns the groups of [rows, tokens] document numbers; None where no row holds two documents."""
+    if documents.max() <= 1:
+        return None
+    spans = sorted(_spans(documents), key=lambda span: span[1] - span[0])
+    scatter = np.zeros(documents.size, dtype=np.int64)
+    gather, group, filled = [], [spans[0]], 0
+    for span in [*spans[1:], None]:
+        if span is not None and span[1] - span[0] <= GROUP_SPREAD * (group[0][1] - group[0][0]):
+            group.append(span)
+            continue
+        width = group[-1][1] - group[-1][0]
+        places = np.stack([np.minimum(np.arange(start, start + width), end - 1) for start, end in group])
+        for number, (start, end) in enumerate(group):
+            scatter[start:end] = filled + number * width + np.arange(end - start)
+        gather.append(torch.from_numpy(places))
+        filled += places.size
+        group = [span] if span is not None else []
+    return DocumentGroups(tuple(gather), torch.from_numpy(scatter))
+
+
+def _spans(documents: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
+    """Returns (start, end) of every document, padding left out, in the tokens laid end to end."""
+    spans = []
+    tokens = documents.shape[1]
+    for row, numbers in enumerate(documents):
+        edges = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), tokens]
+        runs = [(start, end) for start, end in itertools.pairwise(edges) if numbers[start] > 0]
+        spans += [(row * tokens + start, row * tokens + end) for start, end in runs]
+    return spans
+
+
+Window = list[Batch]
+"""The batches of one optimizer step."""

@@ -1,0 +1,1 @@
+"""Data: files to rows, rows to checked samples, samples to batches."""

@@ -1,0 +1,322 @@
+"""What every preprocessor promises, `(dataset_config, tokenizer, split) -> rows`, and a check of anybody's, by points.
+
+for check in check_contract(preprocessor, dataset_config, tokenizer, ["train", "validation"], vocabulary_size):
+    print(check.outcome, check.promise, check.detail)
+"""
+
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations, islice
+from typing import Any
+
+import numpy as np
+import torch
+
+from llmrecipes.batch import IdArray, Sample
+from llmrecipes.data.lints import (
+    ALL_SUPERVISED,
+    END_IGNORED,
+    LINTS,
+    NO_END,
+    NO_START,
+    TWO_STARTS,
+    Marks,
+    lint_flags,
+    marks_of,
+)
+from llmrecipes.data.overlap import digest, held
+from llmrecipes.data.samples import named
+from llmrecipes.errors import LlmRecipesError, PluginError
+from llmrecipes.plugins import Plugin
+from llmrecipes.prompts import IGNORED_LABEL
+
+CHUNK_ROWS = 2048
+
+PASS, FAIL, NOTE, SKIP = "pass", "FAIL", "note", "skip"
+"""Kept; broken; not promised, but probably unwanted; not to be known, because another promise was broken."""
+
+RETURNS = "returns rows for every split"
+SEQUENCE = "what it returns is a sequence: it has a length and can be read again"
+KEYS = "each row is a mapping with input_ids and labels"
+NUMBERS = "input_ids, labels and attention_mask are flat lists of whole numbers"
+LENGTHS = "labels and attention_mask are as long as input_ids, and none is empty"
+MASK = "attention_mask is 1, and 0 for padding at the ends only"
+VOCABULARY = "every id lies within the vocabulary"
+LABELS = "a label is its token's own id, or -100"
+SUPERVISED = "every row has a token to learn"
+END = "every row ends with a supervised end token"
+START = "every row opens with the start token, once, where the tokenizer has one"
+PROMPTS = "prompts are not supervised"
+DIFFER = "splits differ"
+APART = "no row stands in two splits"
+AGAIN = "a second call gives equal rows"
+TOKENIZER = "the tokenizer is left as it was"
+
+ROW_PROMISES = (KEYS, NUMBERS, LENGTHS, MASK, VOCABULARY, LABELS, SUPERVISED, END)
+HABITS = (START, PROMPTS)
+"""What is promised by nobody, and still nearly always meant."""
+
+PROMISES = (RETURNS, SEQUENCE, *ROW_PROMISES, *HABITS, DIFFER, APART, AGAIN, TOKENIZER)
+"""All that is checked, in the order of the report."""
+
+LINTED = {END: (NO_END, END_IGNORED), START: (NO_START, TWO_STARTS), PROMPTS: (ALL_SUPERVISED,)}
+"""Promise or habit -> the lints that break it."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One promise, whether it was kept, and if not where."""
+
+    outcome: str
+    promise: str
+    detail: str = ""
+
+
+class RowError(ValueError):
+    """A row that is no sample; `promise` is the one that it breaks."""
+
+    def __init__(self, promise: str, detail: str) -> None:
+        super().__init__(detail)
+        self.promise = promise
+
+
+@dataclass
+class Reading:
+    """What one call of the preprocessor gave."""
+
+    split: str
+    error: str = ""
+    is_sequence: bool = False
+    rows: int = 0
+    digests: "array[int]" = field(default_factory=lambda: array("Q"))
+    broken: dict[str, dict[int, str]] = field(default_factory=dict)
+    """promise -> row -> how it breaks it"""
+
+    def note(self, promise: str, row: int, detail: str) -> None:
+        """Takes down that a row breaks a promise."""
+        self.broken.setdefault(promise, {})[row] = detail
+
+
+def check_contract(
+    preprocessor: Plugin, dataset_config: Any, tokenizer: Any, splits: Sequence[str], vocabulary_size: int
+) -> list[Check]:
+    """Returns every promise with its outcome; the preprocessor is called twice for each split."""
+    before = _state(tokenizer)
+    first, second = (
+        [_reading(preprocessor, dataset_config, tokenizer, split, vocabulary_size) for split in splits]
+        for _ in range(2)
+    )
+    changed = [f"{name} was {old}, and is {new}" for name, (old, new) in _changes(before, _state(tokenizer)).items()]
+    return [
+        _told(RETURNS, [f"split {reading.split}: {reading.error}" for reading in first if reading.error]),
+        _told(SEQUENCE, [f"split {reading.split}: {_SEQUENCE_ADVICE}" for reading in first if not reading.is_sequence])
+        if not any(reading.error for reading in first)
+        else Check(SKIP, SEQUENCE),
+        *(_row_check(promise, first) for promise in (*ROW_PROMISES, *HABITS)),
+        _differ_check(first),
+        _apart_check(first),
+        _again_check(first, second),
+        _told(TOKENIZER, changed, NOTE),
+    ]
+
+
+def read_samples(preprocessor: Plugin, dataset_config: Any, tokenizer: Any, split: str) -> Iterator[Sample]:
+    """Yields a split's rows as samples as they are, unsupervised and overlong ones too; rows are counted from 0.
+
+    Raises `PluginError` for what is no row at all.
+    """
+    place = f"{preprocessor.path.name}:{preprocessor.name}, split {split}"
+    made = preprocessor(dataset_config, tokenizer, split)
+    for number, row in enumerate(preprocessor.each(_iterated(made, place))):
+        try:
+            yield sample_of(row, number)
+        except RowError as error:
+            raise PluginError(f"{place}, row {number}: {error}; promised is: {error.promise}") from None
+
+
+def sample_of(row: Any, number: int) -> Sample:
+    """Returns one row as a sample, without the padding at its ends; raises `RowError`."""
+    if not (hasattr(row, "keys") and hasattr(row, "get")):
+        raise RowError(KEYS, f"it is {_kind(row)}")
+    missing = [key for key in ("input_ids", "labels") if key not in row]
+    if missing:
+        raise RowError(KEYS, f"no {' and no '.join(missing)}, only {', '.join(map(str, row.keys())) or 'nothing'}")
+    input_ids, labels = _ids(row["input_ids"], "input_ids"), _ids(row["labels"], "labels")
+    mask = row.get("attention_mask")
+    attended = np.ones_like(input_ids) if mask is None else _ids(mask, "attention_mask")
+    for name, values in (("labels", labels), ("attention_mask", attended)):
+        if len(values) != len(input_ids):
+            raise RowError(LENGTHS, f"{len(values)} {name} for {len(input_ids)} input_ids")
+    kept = np.flatnonzero(attended)
+    start, end = (int(kept[0]), int(kept[-1]) + 1) if len(kept) else (0, 0)
+    if (attended[start:end] != 1).any():
+        raise RowError(MASK, "it has other values, or zeros in between")
+    return Sample(input_ids[start:end], labels[start:end], number)
+
+
+def _reading(preprocessor: Plugin, dataset_config: Any, tokenizer: Any, split: str, vocabulary_size: int) -> Reading:
+    """Returns what one call gives; whatever goes wrong is taken down, not raised."""
+    reading = Reading(split)
+    marks = marks_of(tokenizer)
+    try:
+        made = preprocessor(dataset_config, tokenizer, split)
+        reading.is_sequence = hasattr(made, "__len__") and hasattr(made, "__getitem__")
+        numbered = enumerate(preprocessor.each(_iterated(made, f"split {split}")))
+        while chunk := list(islice(numbered, CHUNK_ROWS)):
+            reading.rows += len(chunk)
+            read = [_read_row(reading, row, number, vocabulary_size) for number, row in chunk]
+            _lint_rows(reading, [sample for sample in read if sample is not None], marks)
+    except LlmRecipesError as error:
+        reading.error = str(error)
+    if not reading.rows and not reading.error:
+        reading.error = "no rows"
+    return reading
+
+
+def _read_row(reading: Reading, row: Any, number: int, vocabulary_size: int) -> Sample | None:
+    """Returns the row as a sample where its tokens and labels can be talked about."""
+    try:
+        sample = sample_of(row, number)
+    except RowError as error:
+        reading.note(error.promise, number, str(error))
+        return None
+    ids, labels = sample.input_ids, sample.labels
+    reading.digests.append(digest(ids, labels))
+    if not len(ids):
+        reading.note(LENGTHS, number, "no tokens")
+        return None
+    outside = ids[(ids < 0) | (ids >= vocabulary_size)]
+    if len(outside):
+        reading.note(VOCABULARY, number, f"id {outside[0]}, and the vocabulary has {vocabulary_size}")
+    supervised = labels != IGNORED_LABEL
+    if (labels[supervised] != ids[supervised]).any():
+        reading.note(LABELS, number, _label_fault(ids, labels))
+        return None
+    if not sample.supervised_tokens:
+        reading.note(SUPERVISED, number, "all labels behind the first are -100")
+        return None
+    return sample
+
+
+def _lint_rows(reading: Reading, samples: Sequence[Sample], marks: Marks) -> None:
+    flags = lint_flags(samples, marks) if samples else {}
+    for promise, lints in LINTED.items():
+        for lint in lints:
+            for place in np.flatnonzero(flags.get(lint, ())).tolist():
+                reading.note(promise, samples[place].row, f"{lint}: {LINTS[lint]}")
+
+
+def _label_fault(ids: IdArray, labels: IdArray) -> str:
+    ahead = labels[:-1] != IGNORED_LABEL
+    if len(ids) > 1 and ahead.any() and (labels[:-1][ahead] == ids[1:][ahead]).all():
+        return "labels are the next token's ids; leave them where they are, the trainer does the shift"
+    if ((labels == 0) & (ids != 0)).any():
+        return "0 stands where -100 is meant, so that the token 0 would be learned"
+    return "a label is another id than its token's"
+
+
+# --- checks -----------------------------------------------------------------------------------------------------------
+
+_SEQUENCE_ADVICE = "it can be read only once or has no length; return a list"
+
+
+def _told(promise: str, faults: Sequence[str], outcome: str = FAIL) -> Check:
+    return Check(outcome, promise, "; ".join(faults)) if faults else Check(PASS, promise)
+
+
+def _row_check(promise: str, readings: Sequence[Reading]) -> Check:
+    """Returns how the rows keep a promise; a row that is broken otherwise says nothing of it."""
+    faults = []
+    for reading in readings:
+        broken = reading.broken.get(promise, {})
+        if broken:
+            first = next(iter(broken.values()))
+            faults.append(f"split {reading.split}, {named(list(broken))}: {first}")
+    if not faults and not any(reading.digests for reading in readings) and promise != KEYS:
+        return Check(SKIP, promise)
+    return _told(promise, faults, NOTE if promise in HABITS else FAIL)
+
+
+def _differ_check(readings: Sequence[Reading]) -> Check:
+    pairs = [pair for pair in combinations(readings, 2) if pair[0].digests and pair[1].digests]
+    if not pairs:
+        return Check(SKIP, DIFFER, "there are no two splits to compare")
+    alike = [f"{first.split} and {second.split}" for first, second in pairs if _alike(first, second)]
+    return _told(DIFFER, [f"{names} hold the very same rows: is the split's name used?" for names in alike])
+
+
+def _apart_check(readings: Sequence[Reading]) -> Check:
+    pairs = [pair for pair in combinations(readings, 2) if pair[0].digests and pair[1].digests]
+    faults = []
+    for first, second in pairs:
+        shared = int(held(first.digests, second.digests).sum())
+        if shared and not _alike(first, second):
+            faults.append(f"{shared:,} of {second.rows:,} rows of {second.split} stand in {first.split} as well")
+    if not pairs or (not faults and any(_alike(*pair) for pair in pairs)):
+        return Check(SKIP, APART)
+    return _told(APART, faults)
+
+
+def _again_check(first: Sequence[Reading], second: Sequence[Reading]) -> Check:
+    if not any(reading.digests for reading in first):
+        return Check(SKIP, AGAIN)
+    faults = []
+    for one, two in zip(first, second, strict=True):
+        if two.error and not one.error:
+            faults.append(f"split {one.split}: the second call fails: {two.error}")
+        elif one.rows != two.rows:
+            faults.append(f"split {one.split}: {one.rows:,} rows at first, then {two.rows:,}")
+        elif one.digests != two.digests:
+            same = sorted(one.digests) == sorted(two.digests)
+            changed = "the order differs" if same else "the rows differ"
+            faults.append(f"split {one.split}: {changed}; draw with a generator of a fixed seed")
+    return _told(AGAIN, faults)
+
+
+def _alike(first: Reading, second: Reading) -> bool:
+    return sorted(first.digests) == sorted(second.digests)
+
+
+def _state(tokenizer: Any) -> dict[str, object]:
+    """Returns what a preprocessor may not change in a tokenizer: it would be another for the next split."""
+    names = ("bos_token", "eos_token", "pad_token", "padding_side", "truncation_side", "add_bos_token", "add_eos_token")
+    return {"its size": len(tokenizer), **{name: getattr(tokenizer, name, None) for name in names}}
+
+
+def _changes(before: Mapping[str, object], after: Mapping[str, object]) -> dict[str, tuple[object, object]]:
+    return {name: (before[name], after[name]) for name in before if before[name] != after[name]}
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def _iterated(made: Any, place: str) -> Iterable[Any]:
+    """Returns what a preprocessor made as something to go through; a map-style torch data set has only an index."""
+    if isinstance(made, Mapping | str | bytes):
+        raise PluginError(f"{place}: expected a sequence of rows, it returned {_kind(made)}")
+    if isinstance(made, Iterable):
+        return made
+    if hasattr(made, "__getitem__") and hasattr(made, "__len__"):
+        return (made[index] for index in range(len(made)))
+    raise PluginError(f"{place}: expected a sequence of rows, it returned {_kind(made)}")
+
+
+def _ids(values: Any, name: str) -> IdArray:
+    """Returns a list, array or tensor of one row as int32 [tokens]; `[1, tokens]`, a batch of one, is taken too."""
+    try:
+        found = np.asarray(values.detach().cpu() if isinstance(values, torch.Tensor) else values)
+    except (ValueError, TypeError, RuntimeError):
+        raise RowError(NUMBERS, f"{name} is {_kind(values)}") from None
+    if found.ndim == 2 and len(found) == 1:
+        found = found[0]
+    if found.ndim != 1 or (found.size and found.dtype.kind not in ("iub" if name == "attention_mask" else "iu")):
+        raise RowError(NUMBERS, f"{name} is {_kind(values)} of shape {list(found.shape)}, {found.dtype}")
+    limits = np.iinfo(np.int32)
+    if found.size and not limits.min <= int(found.min()) <= int(found.max()) <= limits.max:
+        raise RowError(VOCABULARY, f"{name} goes from {found.min()} to {found.max()}, which no token has for its id")
+    return found.astype(np.int32)
+
+
+def _kind(value: Any) -> str:
+    return "None" if value is None else type(value).__name__

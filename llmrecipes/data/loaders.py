@@ -1,0 +1,226 @@
+"""Samples to windows of batches, an epoch at a time."""
+
+import atexit
+import multiprocessing
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader
+
+from llmrecipes.batch import Batch, Sample, Window, document_groups
+from llmrecipes.data.packing import Row, chunks, length_grouped, packed_rows, sample_order
+from llmrecipes.errors import LlmRecipesError, PluginError
+from llmrecipes.plugins import blamed
+from llmrecipes.prompts import IGNORED_LABEL
+
+Collator = Callable[[list[dict[str, Any]]], Any]
+
+COLLATED = ("input_ids", "labels", "attention_mask")
+"""What is read of a collator's batch."""
+
+
+@dataclass(frozen=True)
+class Loader:
+    """The windows of a split. `seed` None keeps the samples' order (validation)."""
+
+    samples: Sequence[Sample]
+    strategy: str
+    """packing or padding"""
+    row_tokens: int
+    batch_rows: int
+    window_batches: int = 1
+    seed: int | None = None
+    group_by_length: bool = False
+    workers: int = 0
+    collator: Collator | None = None
+    """a plug-in's own `get_data_collator`, padding only"""
+
+    def __post_init__(self) -> None:
+        """Tries a collator on the first batch, so that what is wrong with it is said before the model is loaded."""
+        if self.collator is None:
+            return
+        if not callable(self.collator):
+            raise PluginError(f"get_data_collator: it returned {type(self.collator).__name__}, not a function")
+        self.batch(self.window_rows(0)[0][0])
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of each sample."""
+        return [len(sample.input_ids) for sample in self.samples]
+
+    @property
+    def useful_tokens(self) -> int:
+        """Tokens of an epoch, without padding."""
+        return sum(self.lengths)
+
+    @property
+    def supervised_tokens(self) -> int:
+        """Tokens of an epoch that enter the loss."""
+        return sum(sample.supervised_tokens for sample in self.samples)
+
+    def rows(self, epoch: int) -> list[Row]:
+        """Returns the epoch's rows, each a list of indices into `samples`."""
+        order = sample_order(len(self.samples), self.seed, epoch)
+        if self.strategy == "packing":
+            return packed_rows(self.lengths, order, self.row_tokens, self.seed, epoch)
+        if self.group_by_length and self.seed is not None:
+            order = length_grouped(self.lengths, order, self.batch_rows, self.seed, epoch)
+        return [[index] for index in order]
+
+    def window_rows(self, epoch: int) -> list[list[list[Row]]]:
+        """Returns the epoch's windows as lists of batches of rows."""
+        return chunks(chunks(self.rows(epoch), self.batch_rows), self.window_batches)
+
+    def windows(self, epoch: int, start: int = 0) -> Iterator[Window]:
+        """Yields the epoch's windows from number `start` on."""
+        if self.workers:
+            atexit.unregister(_end_workers)
+            atexit.register(_end_workers)  # now, so that it runs before multiprocessing's own
+        loader: DataLoader[Any] = DataLoader(
+            self.window_rows(epoch)[start:],  # type: ignore[arg-type]
+            batch_size=None,
+            collate_fn=self._window_or_error,
+            num_workers=self.workers,
+            worker_init_fn=_deaf_to_signals,
+            # Of its own: torch would draw the workers' seed from the generator that dropout uses.
+            generator=torch.Generator().manual_seed((self.seed or 0) + epoch),
+        )
+        for window in loader:
+            if isinstance(window, LlmRecipesError):
+                raise window
+            yield window
+
+    def _window_or_error(self, batches: list[list[Row]]) -> Window | LlmRecipesError:
+        """Returns an error instead of raising it, which in a worker would bury it in the worker's traceback."""
+        try:
+            return self.window(batches)
+        except LlmRecipesError as error:
+            return error
+
+    def window(self, batches: list[list[Row]]) -> Window:
+        """Returns the tensors of one planned window."""
+        return [self.batch(rows) for rows in batches]
+
+    def batch(self, rows: list[Row]) -> Batch:
+        """Returns the tensors of one planned batch, padded on the right to its longest row."""
+        grouped = [[self.samples[index] for index in row] for row in rows]
+        if self.collator is not None:
+            return collated_batch([row[0] for row in grouped], self.collator)
+        return padded_batch(grouped)
+
+
+def padded_batch(rows: Sequence[Sequence[Sample]]) -> Batch:
+    """Returns rows of whole samples as one `Batch`; within a row documents are numbered from 1, padding is 0."""
+    width = max(sum(len(sample.input_ids) for sample in row) for row in rows)
+    input_ids = np.zeros((len(rows), width), dtype=np.int64)
+    labels = np.full((len(rows), width), IGNORED_LABEL, dtype=np.int64)
+    documents = np.zeros((len(rows), width), dtype=np.int64)
+    for row_number, row in enumerate(rows):
+        start = 0
+        for document, sample in enumerate(row, start=1):
+            end = start + len(sample.input_ids)
+            input_ids[row_number, start:end] = sample.input_ids
+            labels[row_number, start + 1 : end] = sample.labels[1:]
+            documents[row_number, start:end] = document
+            start = end
+    return Batch(
+        input_ids=torch.from_numpy(input_ids),
+        labels=torch.from_numpy(labels),
+        documents=torch.from_numpy(documents),
+        sample_rows=tuple(sample.row for row in rows for sample in row),
+        groups=document_groups(documents),
+        supervised_tokens=int((labels != IGNORED_LABEL).sum()),
+        useful_tokens=int((documents > 0).sum()),
+    )
+
+
+def collated_batch(samples: Sequence[Sample], collator: Collator) -> Batch:
+    """Returns what a plug-in's own collator makes of samples, as a `Batch`; one sample a row, padded on the right."""
+    rows = [
+        {
+            "input_ids": sample.input_ids.tolist(),
+            "labels": sample.labels.tolist(),
+            "attention_mask": [1] * len(sample.input_ids),
+        }
+        for sample in samples
+    ]
+    with blamed("in the collator"):
+        made = collator(rows)
+    check_collated(made)
+    input_ids, labels = _tensor(made, "input_ids"), _tensor(made, "labels")
+    documents = _tensor(made, "attention_mask") if "attention_mask" in made else torch.ones_like(input_ids)
+    _check_layout(input_ids, labels, documents, len(samples))
+    labels = F.pad(labels[:, 1:], (1, 0), value=IGNORED_LABEL)
+    return Batch(
+        input_ids=input_ids * documents,  # padding may have an id for which the model has no row
+        labels=labels,
+        documents=documents,
+        sample_rows=tuple(sample.row for sample in samples),
+        groups=None,
+        supervised_tokens=int((labels != IGNORED_LABEL).sum()),
+        useful_tokens=int(documents.sum()),
+    )
+
+
+def check_collated(made: Any) -> None:
+    """Raises `PluginError` where a collator's result is no mapping of the three keys that are read."""
+    if not isinstance(made, Mapping):
+        raise PluginError(f"get_data_collator: expected a mapping with input_ids and labels, got {type(made).__name__}")
+    missing = [name for name in COLLATED[:2] if name not in made]
+    if missing:
+        raise PluginError(f"get_data_collator: its batch has no {' and no '.join(missing)}")
+    unread = [str(name) for name in made if name not in COLLATED]
+    if unread:
+        raise PluginError(
+            f"get_data_collator: its batch has {', '.join(unread)} as well; only {', '.join(COLLATED)} are read"
+        )
+
+
+def _tensor(made: Mapping[str, Any], name: str) -> torch.Tensor:
+    """Returns one entry of a collated batch as int64 [rows, tokens] on the CPU."""
+    try:
+        tensor = torch.as_tensor(made[name]).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        told = " ".join(str(error).split())
+        raise PluginError(f"get_data_collator: {name} cannot be made a tensor ({told}); pad all rows alike") from None
+    if tensor.ndim != 2 or tensor.is_floating_point() or tensor.is_complex():
+        found = f"{list(tensor.shape)}, {str(tensor.dtype).removeprefix('torch.')}"
+        raise PluginError(f"get_data_collator: {name} must be whole numbers of shape [rows, tokens], got {found}")
+    return tensor.long()
+
+
+def _check_layout(input_ids: torch.Tensor, labels: torch.Tensor, documents: torch.Tensor, samples: int) -> None:
+    shapes = [list(tensor.shape) for tensor in (input_ids, labels, documents)]
+    if shapes[1] != shapes[0] or shapes[2] != shapes[0]:
+        raise PluginError(f"get_data_collator: input_ids, labels and attention_mask differ in shape: {shapes}")
+    if shapes[0][0] != samples:
+        raise PluginError(f"get_data_collator: it made {shapes[0][0]} rows of {samples} samples")
+    if ((documents != 0) & (documents != 1)).any():
+        raise PluginError("get_data_collator: attention_mask must be 1, and 0 for padding")
+    if (documents[:, 1:] > documents[:, :-1]).any():
+        raise PluginError("get_data_collator: it pads on the left; pad on the right (tokenizer.padding_side)")
+    if ((labels != IGNORED_LABEL) & (documents == 0)).any():
+        raise PluginError(f"get_data_collator: its labels supervise padding; they must be {IGNORED_LABEL} there")
+    if (input_ids * documents < 0).any():
+        raise PluginError("get_data_collator: an id below 0 that attention_mask does not tell to be padding")
+
+
+def _deaf_to_signals(worker: int) -> None:
+    """Leaves it to the trainer to end a worker: a signal to the whole group must not kill the step being saved."""
+    for kind in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(kind, signal.SIG_IGN)
+
+
+def _end_workers() -> None:
+    """Ends workers that are left when the process ends: multiprocessing would ask with SIGTERM and wait for ever."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report each as killed
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
