@@ -1,0 +1,1 @@
+"""Floor 2: base models, their storage, tokenizers and adapters."""

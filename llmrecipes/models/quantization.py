@@ -1,0 +1,88 @@
+"""How the frozen base is stored: the seam `(config, precision) -> transformers quantization config`."""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import BitsAndBytesConfig
+
+from llmrecipes.config.schema import ModelOptions
+from llmrecipes.errors import HardwareError
+from llmrecipes.precision import Precision
+
+Scheme = Callable[[ModelOptions, Precision], Any]
+
+
+def int8(config: ModelOptions, precision: Precision) -> Any:
+    """LLM.int8(): 8-bit weights, outlier features in the compute type (Dettmers et al. 2022, arXiv 2208.07339)."""
+    # bitsandbytes tells on every call of every layer that inputs are cast to float16.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    return BitsAndBytesConfig(load_in_8bit=True)
+
+
+def int4(config: ModelOptions, precision: Precision) -> Any:
+    """NF4 or FP4 in blocks of 64 with one scale each (Dettmers et al. 2023, arXiv 2305.14314)."""
+    options = config.quantization_config
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=options.quant_type,
+        bnb_4bit_compute_dtype=getattr(torch, options.compute_dtype) if options.compute_dtype else precision.compute,
+        bnb_4bit_use_double_quant=options.use_double_quant,
+        bnb_4bit_quant_storage=getattr(torch, options.quant_storage),
+    )
+
+
+QUANTIZATIONS: dict[str, Scheme] = {"8bit": int8, "4bit": int4}
+
+
+def is_quantized(parameter: torch.nn.Parameter) -> bool:
+    """Returns whether a parameter is stored by bitsandbytes in 4 or 8 bits."""
+    return type(parameter).__name__ in ("Params4bit", "Int8Params")
+
+
+def has_finite_weights(parameter: Any) -> bool:
+    """Returns whether a parameter holds neither NaN nor infinity; a quantized one is known by its scales."""
+    values = parameter
+    if is_quantized(parameter):
+        state = getattr(parameter, "quant_state", None)
+        values = parameter.SCB if state is None else state.offset if state.nested else state.absmax
+    return bool(torch.isfinite(values).all())
+
+
+def settle_quantized(model: Any) -> None:
+    """Makes 4-bit layers on a CPU right, or raises `HardwareError` where bitsandbytes 0.50 cannot have them right.
+
+    Where the CPU has AVX512-BF16, `Linear4bit.forward` without gradient rounds the scales to bfloat16 for good, and
+    afterwards passes no gradient on: the first validation would end the training. That is switched off. And unpacking
+    on a CPU counts the blocks of 64 row by row, packing does not: another width than a multiple of 64 comes out wrong
+    (nf4 of normal weights, 288 wide: 25 % off and not 9).
+    """
+    for name, module in model.named_modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+            state = module.weight.quant_state
+            if module.weight.device.type == "cpu" and state.shape[-1] % state.blocksize:
+                raise HardwareError(
+                    f"--quantization 4bit: on a CPU a layer's width must be a multiple of {state.blocksize}, and "
+                    f"{name} is {state.shape[-1]} wide; use --quantization 8bit, or a GPU"
+                )
+
+
+@contextmanager
+def rows_by_themselves(model: Any) -> Iterator[None]:
+    """Lets each row of an 8-bit matmul be rounded by itself while the context lasts.
+
+    LLM.int8() computes in 16 bits the columns in which any token of the batch is large (threshold 6), so a token's
+    rounding depends a little on its neighbours. That is not attention, and a leak probe must not take it for a leak.
+    """
+    states = [module.state for module in model.modules() if hasattr(getattr(module, "state", None), "threshold")]
+    thresholds = [state.threshold for state in states]
+    for state in states:
+        state.threshold = 0.0
+    try:
+        yield
+    finally:
+        for state, threshold in zip(states, thresholds, strict=True):
+            state.threshold = threshold

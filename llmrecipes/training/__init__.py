@@ -1,0 +1,1 @@
+"""Floor 2: the loss, the optimizer step and the loop."""

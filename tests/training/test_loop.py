@@ -1,0 +1,211 @@
+"""Laws of the loop: when it validates, saves, stops and reports, and what a validation means."""
+
+import math
+from collections.abc import Callable, Iterable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from llmrecipes.batch import Sample, Window
+from llmrecipes.data.loaders import Loader
+from llmrecipes.errors import DataError
+from llmrecipes.precision import resolve_precision
+from llmrecipes.training.loop import Hooks, Record, TrainPlan, TrainResult, evaluate, train
+from llmrecipes.training.schedules import SCHEDULES
+from llmrecipes.training.updater import Updater
+
+Samples = Callable[..., list[Sample]]
+
+FP32 = resolve_precision("cpu", mixed_precision=False, use_fp16=False)
+
+
+class Bigram(torch.nn.Module):
+    """Logits by the token before alone. `spoil` is added to them in evaluation mode: NaN for a sick validation."""
+
+    def __init__(self, spoil: float = 0.0) -> None:
+        super().__init__()
+        self.table = torch.nn.Parameter(torch.zeros(260, 260))
+        self.config = SimpleNamespace(_attn_implementation="none")
+        self.spoil = spoil
+
+    def forward(self, input_ids: torch.Tensor, logits_to_keep: torch.Tensor, **options: Any) -> Any:
+        logits = self.table[input_ids][:, logits_to_keep]
+        return SimpleNamespace(logits=logits if self.training else logits + self.spoil)
+
+
+def loaders(samples: list[Sample], validation: list[Sample] | None = None, rows: int = 4) -> tuple[Loader, Loader]:
+    return (
+        Loader(samples, "padding", 64, batch_rows=rows, seed=0),
+        Loader(validation or samples, "padding", 64, batch_rows=3),
+    )
+
+
+class Run:
+    """A training whose reports and saved names are written down in their order."""
+
+    def __init__(self, model: Any, training: Loader, validation: Loader | None, lr: float = 1.0, **plan: Any) -> None:
+        self.events: list[str] = []
+        self.records: list[Record] = []
+        self.stop_after: int | None = plan.pop("stop_after", None)
+        epochs = plan.setdefault("epochs", 2)
+        plan.setdefault("steps", sum(len(training.window_rows(epoch)) for epoch in range(epochs)))
+        updater = Updater(model, torch.optim.SGD(model.parameters(), lr=lr), SCHEDULES["constant"], FP32)
+        hooks = Hooks(self.report, lambda name: self.events.append(f"save {name}"), self.stop)
+        self.result: TrainResult = train(model, training, validation, updater, TrainPlan(**plan), hooks)
+
+    def report(self, record: Record) -> None:
+        self.records.append(record)
+        self.events.append(f"{record['kind']} {record['step']}")
+
+    def stop(self) -> bool:
+        return self.stop_after is not None and self.stop_after <= max(record["step"] for record in self.records)
+
+
+@pytest.fixture
+def samples(random_samples: Samples) -> list[Sample]:
+    return random_samples(12)
+
+
+def test_a_validation_after_each_epoch_and_the_best_saved(samples: list[Sample]) -> None:
+    run = Run(Bigram(), *loaders(samples))
+    assert run.events == [
+        "step 1", "step 2", "step 3", "evaluation 3", "save best",
+        "step 4", "step 5", "step 6", "evaluation 6", "save best",
+    ]  # fmt: skip
+    assert run.result.best_step == run.result.steps == 6 and not run.result.stopped
+
+
+def test_a_worse_validation_is_not_the_best_and_the_last_is_kept_too(
+    samples: list[Sample], random_samples: Samples
+) -> None:
+    run = Run(Bigram(), *loaders(samples, random_samples(12, seed=9)), lr=50.0)
+    curve = [record["eval_loss"] for record in run.records if record["kind"] == "evaluation"]
+    assert curve[1] > curve[0]
+    assert [event for event in run.events if "save" in event] == ["save best", "save last"]
+    assert run.result.best_loss == curve[0] and run.result.best_step == 3
+
+
+def test_without_a_validation_the_last_is_saved(samples: list[Sample]) -> None:
+    run = Run(Bigram(), loaders(samples)[0], None, epochs=1)
+    assert run.events == ["step 1", "step 2", "step 3", "save last"]
+    assert run.result.best_loss is None and run.result.best_step == 0
+
+
+@pytest.mark.parametrize("spoil", [math.nan, math.inf])
+def test_a_validation_that_is_not_a_number_loses_nothing(spoil: float, samples: list[Sample]) -> None:
+    run = Run(Bigram(spoil), *loaders(samples))
+    # None is better than the other: the newest weights are kept.
+    assert [event for event in run.events if "save" in event] == ["save best", "save best"]
+    assert not math.isfinite(run.result.best_loss or 0.0)
+
+
+def test_a_number_is_better_than_none(samples: list[Sample]) -> None:
+    model = Bigram(math.nan)
+    training, validation = loaders(samples)
+
+    class Healed(Loader):
+        def windows(self, epoch: int, start: int = 0) -> Iterable[Window]:
+            yield from validation.windows(epoch)
+            model.spoil = 0.0
+
+    run = Run(model, training, Healed(samples, "padding", 64, batch_rows=3))
+    assert [event for event in run.events if "save" in event] == ["save best", "save best"]
+    assert math.isfinite(run.result.best_loss or math.nan)
+
+
+def test_eval_steps_and_the_end(samples: list[Sample]) -> None:
+    run = Run(Bigram(), *loaders(samples), epochs=3, eval_steps=4)
+    assert [event for event in run.events if "evaluation" in event] == ["evaluation 4", "evaluation 8", "evaluation 9"]
+    once = Run(Bigram(), *loaders(samples), epochs=2, eval_steps=3)
+    assert [event for event in once.events if "evaluation" in event] == ["evaluation 3", "evaluation 6"]
+
+
+@pytest.mark.parametrize("steps", [1, 3, 4, 6])
+def test_the_plan_decides_where_it_ends(steps: int, samples: list[Sample]) -> None:
+    run = Run(Bigram(), *loaders(samples), steps=steps)
+    assert run.result.steps == steps
+    assert f"evaluation {steps}" in run.events and run.events.count(f"evaluation {steps}") == 1
+    assert run.events[-1].startswith("save")
+
+
+def test_save_steps_and_logging_steps(samples: list[Sample]) -> None:
+    run = Run(Bigram(), loaders(samples)[0], None, save_steps=2, logging_steps=4)
+    assert run.events == ["save step-000002", "step 4", "save step-000004", "step 6", "save step-000006", "save last"]
+
+
+def test_a_wish_to_stop_is_heard_after_the_step_and_what_is_there_is_saved(samples: list[Sample]) -> None:
+    run = Run(Bigram(), *loaders(samples), stop_after=2)
+    assert run.events == ["step 1", "step 2", "save last"] and run.result.stopped
+    after_validation = Run(Bigram(), *loaders(samples), stop_after=3, eval_steps=3)
+    assert after_validation.events == ["step 1", "step 2", "step 3", "save last"]
+
+
+def test_the_loss_of_a_record_is_the_mean_over_its_supervised_tokens(samples: list[Sample]) -> None:
+    run = Run(Bigram(), Loader(samples, "padding", 64, batch_rows=3, window_batches=4), None, epochs=1)
+    (record,) = run.records
+    assert record["loss"] == pytest.approx(math.log(260), rel=1e-6)
+    assert record["supervised_tokens"] == sum(sample.supervised_tokens for sample in samples)
+    assert record["useful_tokens"] == sum(len(sample.input_ids) for sample in samples) == run.result.useful_tokens
+    assert record["tokens_per_second"] == pytest.approx(record["useful_tokens"] / record["seconds"])
+
+
+# --- validation -------------------------------------------------------------------------------------------------------
+
+
+def test_a_validation_weighs_every_supervised_token_the_same(tiny_model: Any, samples: list[Sample]) -> None:
+    model = tiny_model()
+    total, tokens = 0.0, 0
+    for sample in samples:  # one at a time, nothing of ours
+        ids = torch.tensor(sample.input_ids.tolist())
+        logits = model(input_ids=ids[None]).logits[0, :-1]
+        labels = torch.tensor(sample.labels.tolist())[1:]
+        total += float(F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum").detach())
+        tokens += int((labels != -100).sum())
+    for rows, strategy in ((1, "padding"), (5, "padding"), (2, "packing")):
+        metrics = evaluate(model, Loader(samples, strategy, 64, batch_rows=rows), FP32)
+        assert metrics.tokens == tokens
+        assert metrics.loss == pytest.approx(total / tokens, rel=1e-5)
+        assert metrics.perplexity == pytest.approx(math.exp(total / tokens), rel=1e-5)
+
+
+def test_a_short_validation_is_divided_by_what_it_saw_and_reads_no_more(samples: list[Sample]) -> None:
+    read: list[int] = []
+
+    class Counted(Loader):
+        def window(self, batches: list[list[list[int]]]) -> Window:
+            read.append(len(batches))
+            return super().window(batches)
+
+    model = Bigram()
+    torch.nn.init.normal_(model.table)
+    first = evaluate(model, Loader(samples[:6], "padding", 64, batch_rows=3), FP32)
+    limited = evaluate(model, Counted(samples, "padding", 64, batch_rows=3), FP32, max_batches=2)
+    assert (limited.loss, limited.tokens) == (first.loss, first.tokens)
+    assert sum(read) == 2
+
+
+def test_a_validation_leaves_mode_and_gradients_as_they_were(samples: list[Sample]) -> None:
+    model = Bigram()
+    for mode in (True, False):
+        model.train(mode)
+        evaluate(model, loaders(samples)[1], FP32)
+        assert model.training is mode and model.table.grad is None
+
+
+def test_a_loss_beyond_all_bounds_has_an_infinite_perplexity(samples: list[Sample]) -> None:
+    model = Bigram()
+    with torch.no_grad():
+        model.table.fill_(0.0)[:, 0] = 1e4
+    assert evaluate(model, loaders(samples)[1], FP32).perplexity == math.inf
+
+
+def test_batches_without_a_supervised_token_are_told(samples: list[Sample]) -> None:
+    class Bare(Loader):
+        def windows(self, epoch: int, start: int = 0) -> Iterable[Window]:
+            return []
+
+    with pytest.raises(DataError, match="validation: no supervised token"):
+        evaluate(Bigram(), Bare(samples, "padding", 64, batch_rows=3), FP32)
