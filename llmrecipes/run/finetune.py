@@ -1,0 +1,361 @@
+"""Fine-tuning, station by station: cheap before dear, so that what is wrong is said before the model loads."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from llmrecipes.batch import Sample
+from llmrecipes.config.loading import Loaded
+from llmrecipes.config.schema import RunConfig
+from llmrecipes.config.show import flat_config, run_yaml, value_of
+from llmrecipes.data.health import quick_findings
+from llmrecipes.data.loaders import Collator, Loader, padded_batch
+from llmrecipes.data.preprocessors import dataset_section, load_preprocessor
+from llmrecipes.errors import ConfigError, PluginError, TrainingError
+from llmrecipes.kernels.attention import apply_document_attention
+from llmrecipes.models.adapters import attach_trained, check_checkpoint, count_parameters
+from llmrecipes.models.folders import is_local, local_path
+from llmrecipes.models.loading import first_line, load_model, load_tokenizer, resolve_model
+from llmrecipes.models.quantization import rows_by_themselves
+from llmrecipes.plugins import Plugin, plugin_folders, resolve_function
+from llmrecipes.precision import Precision, device_name, out_of_memory_told
+from llmrecipes.prompt_contract import PromptContract, prompt_contract
+from llmrecipes.reports.memory import peak_memory_bytes
+from llmrecipes.reports.plan import Plan, plan_text
+from llmrecipes.reports.progress import TrainingProgress
+from llmrecipes.reports.summary import Summary, summary_text
+from llmrecipes.reports.trackers import METRICS_FILE, TRACKERS, check_tracker, redacted
+from llmrecipes.run.output import ResultWriter, check_output_dir, claim_output_dir, command_line
+from llmrecipes.run.preparing import load_split, run_precision, set_seeds, storage, storage_flags
+from llmrecipes.run.stopping import EXIT_STOPPED, StopRequest
+from llmrecipes.training.loop import Hooks, TrainPlan, TrainResult, train
+from llmrecipes.training.optimizers import OPTIMIZERS
+from llmrecipes.training.probe import check_no_leak
+from llmrecipes.training.schedules import SCHEDULES, warmup_steps
+from llmrecipes.training.updater import Updater
+
+Tracker = Callable[[dict[str, Any]], None]
+
+SMALLER = "a smaller --batch_size_training or --context_length, or --quantization 4bit"
+
+PROBED_TOKENS = 512
+"""Size of the packed row that the leak probe looks at, if its first two samples are no longer."""
+
+LONGEST_EXAMPLE = 300
+"""Characters of a prompt that is still printed as a command to copy."""
+
+
+@dataclass(frozen=True)
+class Plugins:
+    """The functions that the config's names stand for."""
+
+    preprocessor: Plugin
+    collator: Callable[[Any], Collator] | None
+    optimizer: Callable[..., Any]
+    schedule: Callable[..., float]
+    trackers: Mapping[str, Tracker]
+
+
+@dataclass(frozen=True)
+class Loaders:
+    """Batches of both splits, and what the data had to say."""
+
+    training: Loader
+    validation: Loader | None
+    notices: tuple[str, ...]
+
+
+def finetune(loaded: Loaded[RunConfig], config_path: str | None) -> int:
+    """Runs one fine-tuning from config to saved result; returns the exit code."""
+    config = loaded.config
+    plugins = resolve_plugins(config, config_path)
+    precision = run_precision(config)
+    build_optimizer(config, plugins, [torch.nn.Parameter(torch.zeros(1, device=precision.device))])
+    check_checkpoint(config)
+    source = resolve_model(config)
+    inputs = (config.model_name, config.tokenizer_name, config.from_peft_checkpoint)
+    folder = check_output_dir(config.output_dir, config.overwrite_output_dir, inputs)
+    tokenizer = load_tokenizer(config, source)
+    set_seeds(config.seed)
+    loaders = build_loaders(config, tokenizer, plugins, source)
+    contract = prompt_contract(tokenizer, loaders.training.samples)
+    base = load_model(config, source, precision, dtype=None if config.use_peft else precision.trained)
+    kernels = apply_kernels(base, config)
+    model = attach_trained(base, config, precision)
+    kernels += prove_no_leak(model, config, loaders, precision)
+    updater = build_updater(model, config, plugins, precision)
+    plan = train_plan(config, loaders)
+    notices = [*loaded.notices, *loaders.notices]
+    print(plan_text(shown_plan(config, loaders, model, precision, plan, kernels, notices)), flush=True)
+    claim_output_dir(folder, "run.yaml", run_yaml(loaded, values_from_anywhere(config, plugins)))
+    started = time.perf_counter()
+    writer = ResultWriter(folder, model, tokenizer, contract, enabled=config.save_model)
+    result = run_training(config, plugins, loaders, updater, plan, writer)
+    print(summary_text(closing_summary(config, folder, result, contract, time.perf_counter() - started)))
+    return EXIT_STOPPED if result.stopped else 0
+
+
+def resolve_plugins(config: RunConfig, config_path: str | None) -> Plugins:
+    """Returns the functions behind the config's names; a typo fails here, before anything is read."""
+    folders = plugin_folders(config_path)
+    preprocessor = load_preprocessor(config, folders)
+    collator = preprocessor.sibling("get_data_collator")
+    if config.batching_strategy == "packing":
+        check_packing(config, preprocessor, collator)
+    names = [*(["jsonl"] if config.save_metrics else []), *config.report_to, *(["wandb"] if config.use_wandb else [])]
+    for name in names:
+        check_tracker(name)
+    trackers = {name: resolve_function(name, "report_to", TRACKERS, folders) for name in names}
+    optimizer = resolve_function(config.optimizer, "optimizer", OPTIMIZERS, folders)
+    schedule = resolve_function(config.lr_scheduler, "lr_scheduler", SCHEDULES, folders)
+    return Plugins(preprocessor, collator, optimizer, schedule, trackers)
+
+
+def check_packing(config: RunConfig, preprocessor: Plugin, collator: object) -> None:
+    """Raises `ConfigError` where several samples cannot share a row."""
+    if collator is not None:
+        raise ConfigError(
+            f"--batching_strategy packing: {preprocessor.path.name} brings get_data_collator, which builds padded "
+            "batches; use --batching_strategy padding"
+        )
+    if config.use_peft and config.peft_method == "prefix":
+        raise ConfigError(
+            "--batching_strategy packing: a prefix stands before a row, and in a packed row only one sample would see "
+            "it; use --batching_strategy padding"
+        )
+
+
+def build_loaders(config: RunConfig, tokenizer: Any, plugins: Plugins, source: str) -> Loaders:
+    """Returns both splits, read and checked."""
+    section = dataset_section(config)
+    collator = plugins.collator(tokenizer) if plugins.collator else None
+    preprocessor = plugins.preprocessor
+    samples, notices = load_split(config, tokenizer, preprocessor, section.train_split, source)
+    training = Loader(
+        samples=samples,
+        strategy=config.batching_strategy,
+        row_tokens=config.context_length,
+        batch_rows=config.batch_size_training,
+        window_batches=config.gradient_accumulation_steps,
+        seed=config.seed,
+        group_by_length=config.group_by_length,
+        workers=config.num_workers_dataloader,
+        collator=collator,
+    )
+    if not config.run_validation:
+        return Loaders(training, None, (*notices, *quick_findings({"train": training}, tokenizer)))
+    samples, more = load_split(config, tokenizer, preprocessor, section.test_split, source)
+    validation = Loader(
+        samples=samples,
+        strategy=config.batching_strategy,
+        row_tokens=config.context_length,
+        batch_rows=config.val_batch_size,
+        workers=config.num_workers_dataloader,
+        collator=collator,
+    )
+    found = quick_findings({"train": training, "validation": validation}, tokenizer)
+    return Loaders(training, validation, (*notices, *more, *found))
+
+
+def apply_kernels(model: Any, config: RunConfig) -> str:
+    """Makes the model fast as far as the flags and the model allow; returns what was done, for the plan."""
+    if config.use_fast_kernels is False:
+        return "none: the plain reference path (eager attention)"
+    prefixes = config.use_peft and config.peft_method == "prefix"
+    replaced = 0 if prefixes else apply_document_attention(model)
+    if replaced:
+        return f"attention by document in {replaced} layers"
+    if config.use_fast_kernels:
+        raise ConfigError("--use_fast_kernels true: this model cannot attend by document; leave the flag out")
+    return f"{model.config._attn_implementation} attention"
+
+
+def build_optimizer(config: RunConfig, plugins: Plugins, parameters: Sequence[torch.nn.Parameter]) -> Optimizer:
+    """Returns the optimizer; tried on one number first, it tells what is wrong before the model loads."""
+    optimizer = plugins.optimizer(parameters, config)
+    if not isinstance(optimizer, Optimizer):
+        raise PluginError(f"--optimizer {config.optimizer}: it returned {type(optimizer).__name__}, not an Optimizer")
+    return optimizer
+
+
+def prove_no_leak(model: Any, config: RunConfig, loaders: Loaders, precision: Precision) -> str:
+    """Raises `TrainingError` where packed samples see each other; returns what was proven, for the plan."""
+    if config.batching_strategy != "packing" or not config.leak_probe:
+        return ""
+    row: list[Sample] = []
+    tokens = 0
+    for index in loaders.training.rows(0)[0]:
+        sample = loaders.training.samples[index]
+        tokens += len(sample.input_ids)
+        row += [sample] if len(row) < 2 or tokens <= PROBED_TOKENS else []
+    if len(row) < 2:
+        return ""
+    try:
+        with out_of_memory_told("leak probe", SMALLER), rows_by_themselves(model):
+            moved = check_no_leak(model, padded_batch([row]), precision)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ConfigError(
+            f"--batching_strategy packing: this model takes no packed rows ({first_line(error)}); use "
+            "--batching_strategy padding"
+        ) from None
+    return f"; packed samples do not see each other (probe of {len(row)}: {moved:.1g})"
+
+
+def build_updater(model: Any, config: RunConfig, plugins: Plugins, precision: Precision) -> Updater:
+    """Returns the optimizer step over just what trains."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    clip_norm = config.gradient_clipping_threshold if config.gradient_clipping else None
+    return Updater(model, build_optimizer(config, plugins, trained), plugins.schedule, precision, clip_norm)
+
+
+def train_plan(config: RunConfig, loaders: Loaders) -> TrainPlan:
+    """Returns how many steps the epochs come to, and when to look up."""
+    steps = sum(len(loaders.training.window_rows(epoch)) for epoch in range(config.num_epochs))
+    steps = min(steps, config.max_train_step) if config.max_train_step else steps
+    return TrainPlan(
+        epochs=config.num_epochs,
+        steps=steps,
+        warmup_steps=warmup_steps(steps, config.warmup_steps, config.warmup_ratio),
+        gamma=config.gamma,
+        eval_steps=config.eval_steps,
+        save_steps=config.save_steps,
+        logging_steps=config.logging_steps,
+        max_eval_batches=config.max_eval_step,
+    )
+
+
+def run_training(
+    config: RunConfig, plugins: Plugins, loaders: Loaders, updater: Updater, plan: TrainPlan, writer: ResultWriter
+) -> TrainResult:
+    """Trains, showing progress and feeding the trackers; a signal ends it after the step at hand."""
+    device = updater.precision.device
+    with TrainingProgress() as progress, StopRequest() as stop:
+
+        def report(record: dict[str, Any]) -> None:
+            record = {**record, "memory_bytes": peak_memory_bytes(device)}
+            progress(record)
+            for tracker in plugins.trackers.values():
+                tracker(record)
+
+        flat = redacted(flat_config(config))
+        report({"kind": "start", "output_dir": str(writer.folder), "config": flat, "total_steps": plan.steps})
+        hooks = Hooks(report, writer, stop)
+        try:
+            with out_of_memory_told("training", SMALLER):
+                result = train(writer.model, loaders.training, loaders.validation, updater, plan, hooks)
+        except TrainingError:
+            writer("last")  # steps whose gradient is not finite never reached these weights
+            raise
+        report({"kind": "end", "step": result.steps, "stopped": result.stopped, "best_loss": result.best_loss})
+    return result
+
+
+def shown_plan(
+    config: RunConfig,
+    loaders: Loaders,
+    model: Any,
+    precision: Precision,
+    plan: TrainPlan,
+    kernels: str,
+    notices: Sequence[str],
+) -> Plan:
+    """Returns what the user is shown before the first step."""
+    total, trained = count_parameters(model)
+    training = loaders.training
+    windows = len(training.window_rows(0))
+    return Plan(
+        model_name=config.model_name,
+        total_parameters=total,
+        trainable_parameters=trained,
+        base_precision=config.quantization or str(model.get_input_embeddings().weight.dtype).removeprefix("torch."),
+        method=method_text(config),
+        train_samples=len(training.samples),
+        validation_samples=len(loaders.validation.samples) if loaders.validation else 0,
+        useful_tokens_per_epoch=training.useful_tokens,
+        supervised_tokens_per_epoch=training.supervised_tokens,
+        steps=plan.steps,
+        tokens_per_step=training.useful_tokens / windows,
+        device=device_name(precision.device),
+        precision=precision.name,
+        kernels=kernels,
+        output_dir=config.output_dir,
+        notices=tuple(notices),
+    )
+
+
+def method_text(config: RunConfig) -> str:
+    """Returns what trains, in words."""
+    if not config.use_peft:
+        frozen = f", the first {config.num_freeze_layers} layers frozen" if config.freeze_layers else ""
+        return f"full fine-tuning{frozen}"
+    if config.from_peft_checkpoint:
+        return f"{config.peft_method} adapter continued from {config.from_peft_checkpoint}"
+    if config.peft_method != "lora":
+        return config.peft_method
+    lora = config.lora_config
+    kind = "DoRA" if lora.use_dora else "LoRA"
+    scale = "rank-stabilized alpha" if lora.use_rslora else "alpha"
+    return f"{kind}, r {lora.r}, {scale} {lora.lora_alpha:g}, on {', '.join(lora.target_modules)}"
+
+
+def values_from_anywhere(config: RunConfig, plugins: Plugins) -> dict[str, object]:
+    """Returns the keys that name files, with full paths, so that run.yaml reproduces the run from any folder."""
+    section = dataset_section(config)
+    files = {
+        "model_name": config.model_name if is_local(config.model_name) else "",
+        "tokenizer_name": config.tokenizer_name if is_local(config.tokenizer_name or "org/name") else "",
+        "from_peft_checkpoint": config.from_peft_checkpoint,
+        f"{config.dataset}.data_path": section.data_path if local_path(section.data_path).exists() else "",
+    }
+    values: dict[str, object] = {key: str(local_path(name).absolute()) for key, name in files.items() if name}
+    functions = {"optimizer": plugins.optimizer, "lr_scheduler": plugins.schedule}
+    if config.dataset == "custom_dataset":
+        functions["custom_dataset.file"] = plugins.preprocessor
+    values |= {key: full_name(function, value_of(config, key)) for key, function in functions.items()}
+    return values | {"report_to": [full_name(plugins.trackers[name], name) for name in config.report_to]}
+
+
+def full_name(function: object, name: str) -> str:
+    """Returns `/folder/file.py:function` for a plug-in, and the name itself for an entry of ours."""
+    return f"{function.path}:{function.name}" if isinstance(function, Plugin) else name
+
+
+def closing_summary(
+    config: RunConfig, folder: Path, result: TrainResult, contract: PromptContract, seconds: float
+) -> Summary:
+    """Returns where everything is and what to try next."""
+    kind = "adapter" if config.use_peft else "model"
+    saved = [(f"{kind}, last", str(folder / "last"))] if (folder / "last").is_dir() else []
+    saved = [(kind, str(folder)), *saved] if config.save_model else []
+    saved += [("metrics", str(folder / METRICS_FILE))] if config.save_metrics else []
+    return Summary(
+        saved=(*saved, ("settings", str(folder / "run.yaml"))),
+        steps=result.steps,
+        seconds=seconds,
+        useful_tokens=result.useful_tokens,
+        final_loss=result.last_loss if result.steps else None,
+        best_eval_loss=result.best_loss,
+        best_step=result.best_step or None,
+        memory_bytes=peak_memory_bytes(run_precision(config).device),
+        next_commands=tuple(next_commands(config, folder, contract)) if config.save_model else (),
+    )
+
+
+def next_commands(config: RunConfig, folder: Path, contract: PromptContract) -> list[str]:
+    """Returns commands that use the result."""
+    if config.use_peft:
+        model = ["--model_name", config.model_name, "--peft_model", str(folder)]
+    else:
+        model = ["--model_name", str(folder)]
+    model += ["--trust_remote_code"] if config.trust_remote_code else []
+    model += ["--model_revision", config.model_revision] if config.use_peft and config.model_revision else []
+    prompt = contract.example if 0 < len(contract.example.strip()) < LONGEST_EXAMPLE else "..."
+    commands = [["python", "-m", "llmrecipes.inference", *model, *storage_flags(storage(config)), "--prompt", prompt]]
+    if config.use_peft and config.peft_method == "lora":
+        commands.append(["python", "-m", "llmrecipes.merging", *model, "--output_dir", f"{folder}-merged"])
+    return [command_line(words) for words in commands]

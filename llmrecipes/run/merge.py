@@ -1,0 +1,94 @@
+"""An adapter and its base as one plain model folder."""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmrecipes.config.loading import Loaded
+from llmrecipes.config.schema import InferenceConfig, MergingConfig, ModelOptions
+from llmrecipes.config.show import run_yaml
+from llmrecipes.errors import ConfigError, ModelError
+from llmrecipes.models.adapters import MERGEABLE, load_adapter
+from llmrecipes.models.folders import check_adapter_folder, local_path
+from llmrecipes.models.loading import load_model, resolve_model
+from llmrecipes.precision import Precision
+from llmrecipes.prompt_contract import load_contract
+from llmrecipes.run.output import check_output_dir, claim_output_dir, command_line, save_weights, write_into
+from llmrecipes.run.preparing import answering_tokenizer, storage, storage_flags, trained_storage
+
+
+def merge(loaded: Loaded[MergingConfig], config_path: str | None) -> int:
+    """Writes the merged model, tokenizer and prompt contract; returns the exit code.
+
+    The sum is formed in float32 and rounded once, to the type asked for.
+    """
+    config = loaded.config
+    adapter_folder = local_path(config.peft_model)
+    adapter = check_adapter_folder(adapter_folder, "peft_model")
+    if adapter.get("peft_type") not in MERGEABLE:
+        raise ConfigError(
+            f"--peft_model {config.peft_model}: a {adapter.get('peft_type')} adapter adds to the model's inputs, not "
+            "to its weights, so it cannot be merged; use it with --peft_model"
+        )
+    options = InferenceConfig(
+        model_name=config.model_name,
+        model_revision=config.model_revision,
+        trust_remote_code=config.trust_remote_code,
+        peft_model=config.peft_model,
+    )
+    source = resolve_model(options)
+    inputs = (config.model_name, config.peft_model)
+    folder = check_output_dir(config.output_dir, config.overwrite_output_dir, inputs)
+    tokenizer = answering_tokenizer(options, source)
+    merged = merged_model(options, source, getattr(torch, config.dtype))
+
+    def write(target: Path) -> None:
+        save_weights(merged, target)
+        tokenizer.save_pretrained(str(target))
+        contract = load_contract(adapter_folder)
+        if contract is not None:
+            contract.save(target)
+
+    claim_output_dir(folder, "merging.yaml", run_yaml(loaded, {}))
+    write_into(folder, write)
+    told_of_quantization(adapter_folder)
+    print(f"merged model ({config.dtype}) in {folder}")
+    print("try it:\n  " + command_line(["python", "-m", "llmrecipes.inference", "--model_name", str(folder)]))
+    return 0
+
+
+def merged_model(options: InferenceConfig, source: str, dtype: torch.dtype) -> Any:
+    """Returns base plus adapter as a plain model; raises `ModelError` where the sum does not fit the type."""
+    precision = Precision(torch.device("cpu"), torch.float32, torch.float32, loss_scaling=False)
+    base = load_model(options, source, precision)
+    untie(base, check_adapter_folder(local_path(str(options.peft_model)), "peft_model"))
+    model = load_adapter(base, str(options.peft_model), "peft_model")
+    merged = model.merge_and_unload().to(dtype)
+    for name, parameter in merged.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise ModelError(f"--dtype: {name} overflows {dtype}; choose bfloat16 or float32")
+    return merged
+
+
+def untie(model: Any, adapter: Mapping[str, Any]) -> None:
+    """Gives the output layer weights of its own where the adapter changes only one of two that are shared."""
+    ends = ("lm_head", "embed_tokens")
+    targets = [str(target).split(".")[-1] for target in adapter.get("target_modules") or []]
+    if model.config.tie_word_embeddings and any(end in targets for end in ends):
+        head = model.get_output_embeddings()
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
+        model.config.tie_word_embeddings = False
+
+
+def told_of_quantization(adapter_folder: Path) -> None:
+    """Notes on standard error that an adapter trained on a quantized base meets other weights here."""
+    flags = storage_flags(trained_storage(adapter_folder) or storage(ModelOptions(model_name="")))
+    if flags:
+        print(
+            f"note: the adapter was trained on a base stored with {' '.join(flags)} and is merged into the unrounded "
+            "weights, which differ from those by the rounding error; compare with llmrecipes.evaluation",
+            file=sys.stderr,
+        )

@@ -1,0 +1,161 @@
+"""What several commands do first: precision, model, tokenizer, the samples of a split, the adapter."""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+from llmrecipes.batch import Sample
+from llmrecipes.config.files import read_config_file
+from llmrecipes.config.schema import GenerationOptions, ModelOptions, PrecisionOptions, RunConfig
+from llmrecipes.config.show import plain, value_of
+from llmrecipes.data.preprocessors import dataset_section
+from llmrecipes.data.samples import SampleLimits, load_samples
+from llmrecipes.errors import ConfigError
+from llmrecipes.generation.decoding import check_prompts
+from llmrecipes.generation.settings import GenerationSettings
+from llmrecipes.models.folders import local_path
+from llmrecipes.models.loading import load_tokenizer, model_config, model_limits
+from llmrecipes.plugins import Plugin
+from llmrecipes.precision import Precision, resolve_precision
+from llmrecipes.prompt_contract import PromptContract, load_contract
+
+
+def set_seeds(seed: int) -> None:
+    """Seeds every random generator that a plug-in or a library may use; the order of samples uses none of them."""
+    if seed >= 2**63:
+        raise ConfigError(f"--seed {seed} is too large, the largest is {2**63 - 1}")
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def automatic_values(config: Any) -> dict[str, object]:
+    """Returns what the keys that are left open come to on this machine."""
+    if not isinstance(config, PrecisionOptions):
+        return {}
+    precision = run_precision(config) if isinstance(config, RunConfig) else answering_precision(config)
+    return {
+        "device": str(precision.device),
+        "mixed_precision": precision.compute == torch.bfloat16,
+        "use_fast_kernels": True,
+        "tokenizer_name": value_of(config, "model_name"),
+        "quantization_config.compute_dtype": str(precision.compute).removeprefix("torch."),
+    }
+
+
+def run_precision(config: RunConfig) -> Precision:
+    """Returns where and in which types a fine-tuning computes."""
+    return resolve_precision(
+        config.device, config.mixed_precision, config.use_fp16, pure_bf16=config.fsdp_config.pure_bf16
+    )
+
+
+def answering_precision(config: Any) -> Precision:
+    """Returns the precision for generating: nothing trains, so no loss scaling and no float32 copies."""
+    return resolve_precision(config.device, config.mixed_precision, config.use_fp16)
+
+
+def answering_tokenizer(config: Any, source: str) -> Any:
+    """Returns `--tokenizer_name`'s tokenizer, else the one that the adapter was trained with, else the model's."""
+    adapter = config.peft_model
+    kept = adapter is not None and (local_path(adapter) / "tokenizer.json").is_file()
+    if kept and config.tokenizer_name is None:
+        return load_tokenizer(replace(config, tokenizer_name=str(local_path(adapter))), source)
+    return load_tokenizer(config, source)
+
+
+def load_split(
+    config: Any, tokenizer: Any, preprocessor: Plugin, split: str, source: str
+) -> tuple[list[Sample], list[str]]:
+    """Returns a split's checked samples and notices, within the limits of the config and the model."""
+    return load_samples(preprocessor, dataset_section(config), tokenizer, split, sample_limits(config, source))
+
+
+def sample_limits(config: Any, source: str) -> SampleLimits:
+    """Returns what samples must keep to: the config's context length, the model's positions and vocabulary."""
+    vocabulary_size, max_positions = model_limits(config, source)
+    return SampleLimits(config.context_length, max_positions, vocabulary_size, config.overlong)
+
+
+def contract_of(config: Any) -> PromptContract | None:
+    """Returns the prompt contract beside the adapter, or beside a fine-tuned model; None where there is none."""
+    for folder in (config.peft_model, config.model_name):
+        contract = load_contract(local_path(folder)) if folder else None
+        if contract is not None:
+            return contract
+    return None
+
+
+def generation_settings(config: GenerationOptions, min_length: int | None = None) -> GenerationSettings:
+    """Returns the settings of generation, none left to the model folder's own; what ends an answer is added later."""
+    return GenerationSettings(
+        max_new_tokens=config.max_new_tokens,
+        min_new_tokens=config.min_new_tokens,
+        min_length=min_length,
+        do_sample=config.do_sample,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        repetition_penalty=config.repetition_penalty,
+        length_penalty=config.length_penalty,
+        use_cache=config.use_cache,
+        seed=config.seed,
+    )
+
+
+def check_prompts_early(
+    config: ModelOptions, source: str, prompts: Sequence[Sequence[int]], settings: GenerationSettings
+) -> None:
+    """Raises `DataError` for a prompt that the model cannot take, by its config.json, before its weights are read."""
+    check_prompts(SimpleNamespace(config=model_config(config, source).get_text_config()), prompts, settings)
+
+
+def stop_token_ids(model: Any, tokenizer: Any, contract: PromptContract | None) -> tuple[int, ...]:
+    """Returns the ids that end an answer: training's, the tokenizer's and the model's own."""
+    own = model.generation_config.eos_token_id
+    ids = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
+    ids |= set(contract.stop_token_ids) if contract else set()
+    return tuple(sorted(ids - {None}))
+
+
+STORAGE_KEYS = ("quantization", "quantization_config.quant_type", "quantization_config.use_double_quant")
+
+
+def trained_storage(adapter_folder: Path) -> dict[str, str] | None:
+    """Returns how the base was stored that an adapter was trained on, by its run.yaml; None where there is none."""
+    beside = adapter_folder.name == "last" or adapter_folder.name.startswith("step-")
+    path = (adapter_folder.parent if beside else adapter_folder) / "run.yaml"
+    if not path.is_file():
+        return None
+    return storage(RunConfig(model_name="", output_dir="")) | {
+        item.key: str(item.value) for item in read_config_file(path) if item.key in STORAGE_KEYS
+    }
+
+
+def storage(config: ModelOptions) -> dict[str, str]:
+    """Returns the keys that decide how the base is stored, as they are written in YAML."""
+    return {key: plain(value_of(config, key)) for key in STORAGE_KEYS}
+
+
+def storage_flags(stored: Mapping[str, str]) -> list[str]:
+    """Returns the words of a command line that store the base so; none where it is not quantized."""
+    if stored["quantization"] == "null":
+        return []
+    usual = storage(ModelOptions(model_name=""))
+    return [word for key, value in stored.items() if value != usual[key] for word in (f"--{key}", value)]
+
+
+def storage_notice(config: Any) -> str | None:
+    """Returns a notice where the adapter was trained on a base stored otherwise than this command's, or None."""
+    trained = trained_storage(local_path(config.peft_model)) if config.peft_model else None
+    if trained is None or storage_flags(trained) == storage_flags(storage(config)):
+        return None
+    flags = " ".join(storage_flags(trained))
+    way = f"{flags} would load it as it was" if flags else "leave --quantization out to load it as it was"
+    return f"the adapter was trained on a base stored in another way; {way}"
