@@ -27,7 +27,7 @@ from llmrecipes.data.overlap import (
     words,
 )
 
-SAMSUM = Path("/work/shared/data/samsum")
+SAMSUM = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "samsum"
 VOCABULARY = [f"w{number}" for number in range(4000)]
 
 

@@ -18,8 +18,8 @@ from llmrecipes.errors import ConfigError, DataError
 from llmrecipes.reports.tokens import ANSWER, PROMPT, REST
 from llmrecipes.run.data import check, doctor, token_texts, tokens_of, view
 
-SAMSUM = Path("/work/shared/data/samsum")
-LLAMA2 = Path("/work/shared/tokenizers/llama2")
+SAMSUM = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "samsum"
+LLAMA2 = Path(__file__).resolve().parents[2].parent / "shared" / "tokenizers" / "llama2"
 COMMANDS: dict[str, tuple[type, Callable[..., int]]] = {
     "view": (DataViewConfig, view),
     "check": (DataCheckConfig, check),
