@@ -48,3 +48,10 @@ def did_you_mean(name: str, candidates: Iterable[str], prefix: str = "") -> str:
     """Returns `; did you mean X?` for the candidate nearest to `name`, or an empty text."""
     close = difflib.get_close_matches(name, list(candidates), n=1)
     return f"; did you mean {prefix}{close[0]}?" if close else ""
+
+
+def first_line(error: BaseException) -> str:
+    """Returns an exception's name and the first line of its message, and the next where that only announces it."""
+    text = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
+    told = " ".join(text[:2]) if text[0].endswith(":") else text[0]
+    return f"{type(error).__name__}: {told[:200]}"

@@ -12,9 +12,8 @@ from safetensors import safe_open
 from transformers.pytorch_utils import Conv1D
 
 from llmrecipes.config.schema import RunConfig, TrainedOptions
-from llmrecipes.errors import ConfigError, ModelError
+from llmrecipes.errors import ConfigError, ModelError, first_line
 from llmrecipes.models.folders import ADAPTER_WEIGHTS, check_adapter_folder, local_path
-from llmrecipes.models.loading import first_line
 from llmrecipes.models.quantization import has_finite_weights, is_quantized
 from llmrecipes.precision import Precision
 

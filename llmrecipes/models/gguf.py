@@ -17,7 +17,7 @@ from gguf import GGMLQuantizationType, GGUFReader
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llmrecipes.errors import HardwareError, ModelError
+from llmrecipes.errors import HardwareError, ModelError, first_line
 
 LAYOUT = 1
 """Goes up when `convert_gguf` writes something else, so that no folder of an older layout is ever taken."""
@@ -149,9 +149,3 @@ def broken(source: Path, error: Exception) -> str:
     if start != b"GGUF":
         return f"{source}: not a GGUF file (it begins with {start!r}, expected b'GGUF')"
     return f"{source}: broken, cut short at {size} bytes, or of an unknown kind ({first_line(error)}); fetch it again"
-
-
-def first_line(error: Exception) -> str:
-    """Returns an exception's name and the first line of its message."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:200] if text else 'no message'}"

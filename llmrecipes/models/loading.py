@@ -9,7 +9,7 @@ from transformers.utils import logging as transformers_logging
 
 from llmrecipes.config.schema import ModelOptions
 from llmrecipes.environment import cache_folder
-from llmrecipes.errors import ConfigError, ModelError
+from llmrecipes.errors import ConfigError, ModelError, first_line
 from llmrecipes.models.folders import check_model_folder, is_local, local_path
 from llmrecipes.models.gguf import gguf_folder
 from llmrecipes.models.quantization import QUANTIZATIONS, has_finite_weights, is_quantized, settle_quantized
@@ -138,10 +138,3 @@ def check_loaded(config: ModelOptions, model: Any, info: dict[str, Any]) -> None
 def why_not(name: str, error: BaseException) -> str:
     """Returns why nothing could be read; of a name that is no path, also that no folder of that name is here."""
     return first_line(error) if is_local(name) else f"no such folder is here, and from the hub: {first_line(error)}"
-
-
-def first_line(error: BaseException) -> str:
-    """Returns an exception's name and the first line of its message, and the next where that only announces it."""
-    text = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
-    told = " ".join(text[:2]) if text[0].endswith(":") else text[0]
-    return f"{type(error).__name__}: {told[:200]}"

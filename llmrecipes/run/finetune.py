@@ -16,11 +16,11 @@ from llmrecipes.config.show import flat_config, run_yaml, value_of
 from llmrecipes.data.health import quick_findings
 from llmrecipes.data.loaders import Collator, Loader, padded_batch
 from llmrecipes.data.preprocessors import dataset_section, load_preprocessor
-from llmrecipes.errors import ConfigError, PluginError, TrainingError
+from llmrecipes.errors import ConfigError, PluginError, TrainingError, first_line
 from llmrecipes.kernels.attention import apply_document_attention
 from llmrecipes.models.adapters import attach_trained, check_checkpoint, count_parameters
 from llmrecipes.models.folders import is_local, local_path
-from llmrecipes.models.loading import first_line, load_model, load_tokenizer, resolve_model
+from llmrecipes.models.loading import load_model, load_tokenizer, resolve_model
 from llmrecipes.models.quantization import rows_by_themselves
 from llmrecipes.plugins import Plugin, plugin_folders, resolve_function
 from llmrecipes.precision import Precision, device_name, out_of_memory_told

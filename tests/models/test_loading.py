@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from llmrecipes.config.schema import InferenceConfig
-from llmrecipes.errors import ModelError
-from llmrecipes.models.loading import first_line, load_model, load_tokenizer, model_limits, resolve_model
+from llmrecipes.errors import ModelError, first_line
+from llmrecipes.models.loading import load_model, load_tokenizer, model_limits, resolve_model
 from llmrecipes.precision import Precision
 
 CPU = torch.device("cpu")
