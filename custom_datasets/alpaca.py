@@ -7,13 +7,14 @@ split, from the hub or, with `--alpaca_dataset.data_path`, from one local file o
 split. Licence CC BY-NC 4.0: for research, not for business.
 """
 
-import logging
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from llmrecipes.data.files import Row, load_split, text
+from llmrecipes.data.files import load_split
+from llmrecipes.data.rows import Row, Rows, text, with_text
 from llmrecipes.errors import DataError
-from llmrecipes.prompts import encode_pairs
+from llmrecipes.prompts import EncodedSamples, encode_pairs
 
 HUB = "tatsu-lab/alpaca"
 COLUMNS = ("instruction", "input", "output")
@@ -32,18 +33,13 @@ WITH_INPUT = (
 """Both texts are Stanford Alpaca's, letter by letter: models tuned on them know no other."""
 
 
-def get_preprocessed_alpaca(dataset_config: Any, tokenizer: Any, split: str) -> list[dict[str, list[int]]]:
+def get_preprocessed_alpaca(dataset_config: Any, tokenizer: Any, split: str) -> EncodedSamples:
     """Returns the samples of `train`, or of `val` (or `validation`): the prompt masked, output and end supervised.
 
     Rows without an output (Stanford's file has some) teach nothing, so they are left out.
     """
-    rows = _split_rows(dataset_config, split)
-    kept = [row for row in rows if text(row, "output", blank_allowed=True).strip()]
-    if len(kept) < len(rows):
-        logging.getLogger("llmrecipes").warning(
-            "alpaca, %s: left out %d of %d rows, their output is blank", split, len(rows) - len(kept), len(rows)
-        )
-    return encode_pairs(tokenizer, [(_prompt(row), text(row, "output")) for row in kept])
+    rows = with_text(_split_rows(dataset_config, split), "output", f"alpaca, {split}")
+    return encode_pairs(tokenizer, rows.map(lambda row: (_prompt(row), row["output"])))
 
 
 def _prompt(row: Row) -> str:
@@ -52,18 +48,22 @@ def _prompt(row: Row) -> str:
     return (WITH_INPUT if has_input else WITHOUT_INPUT).format(**row)
 
 
-def _split_rows(dataset_config: Any, split: str) -> list[Row]:
+def _split_rows(dataset_config: Any, split: str) -> Rows[Row]:
     """Returns the rows of a folder's file, or of one part of a set that comes undivided; parts share no question."""
     if split not in ("train", "val", "validation"):
         raise DataError(f"alpaca has no split {split!r}: its splits are train and val (or validation)")
     if Path(getattr(dataset_config, "data_path", "") or "_").expanduser().is_dir():
         return load_split(dataset_config, split, COLUMNS)
     rows = load_split(dataset_config, getattr(dataset_config, "train_split", "train"), COLUMNS, hub_name=HUB)
-    held_out = rows[:HELD_OUT_ROWS]
+    held_out = list(islice(rows, HELD_OUT_ROWS))
     if split != "train":
-        return held_out
-    held_out_questions = {(row["instruction"], row["input"]) for row in held_out}
-    kept = [row for row in rows if (row["instruction"], row["input"]) not in held_out_questions]
-    if not kept:
-        raise DataError(f"alpaca has {len(rows)} rows, of which the first {HELD_OUT_ROWS} are held out: none is left")
+        return Rows(lambda: iter(held_out), rows.place)
+    asked = {_question(row) for row in held_out}
+    kept = rows.map(lambda row: None if _question(row) in asked else row)
+    if not any(True for _ in kept):
+        raise DataError(f"{rows.place}: the first {HELD_OUT_ROWS} rows are held out, and none is left to train on")
     return kept
+
+
+def _question(row: Row) -> tuple[str, str]:
+    return row["instruction"], row["input"]

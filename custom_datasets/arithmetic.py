@@ -18,9 +18,10 @@ from random import Random
 from typing import Any, NamedTuple
 
 from llmrecipes.config.options import option
-from llmrecipes.data.files import Row, load_split, save_rows, text
+from llmrecipes.data.files import load_split, save_rows
+from llmrecipes.data.rows import Row, text
 from llmrecipes.errors import ConfigError
-from llmrecipes.prompts import encode_pairs
+from llmrecipes.prompts import EncodedSamples, encode_pairs
 
 FOLDER = "data/arithmetic"
 PROMPT = "{question}\n---\nAnswer:\n"
@@ -69,10 +70,10 @@ WORDINGS = {
 }
 
 
-def get_preprocessed_arithmetic(dataset_config: Any, tokenizer: Any, split: str) -> list[dict[str, list[int]]]:
+def get_preprocessed_arithmetic(dataset_config: Any, tokenizer: Any, split: str) -> EncodedSamples:
     """Returns the split's samples: the question masked, the output and the end token supervised."""
     rows = load_split(dataset_config, split, ("instruction", "input", "output"), default_path=FOLDER)
-    return encode_pairs(tokenizer, [(_prompt(row), text(row, "output")) for row in rows])
+    return encode_pairs(tokenizer, rows.map(lambda row: (_prompt(row), text(row, "output"))))
 
 
 def _prompt(row: Row) -> str:

@@ -17,72 +17,176 @@ folder with one file a split, `hub:NAME`, or several of these with weights: `a.j
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from llmrecipes.data.conversations import (
-    BadRows,
     Conversation,
     encode_conversations,
     layout_of,
     marks_pattern,
     read_conversation,
 )
-from llmrecipes.data.mixing import Source, drawn, held_out, sources_of
+from llmrecipes.data.mixing import HoldOut, Source, draw_counts, sources_of
+from llmrecipes.data.rows import Rows
 from llmrecipes.data.templates import Template, template_of
 from llmrecipes.data.turns import ASSISTANT
 from llmrecipes.errors import ConfigError, DataError
+from llmrecipes.prompts import SAMPLES_AT_ONCE
 
 Sample = dict[str, list[int]]
 
 log = logging.getLogger("llmrecipes")
 
 
-def get_preprocessed_chat(dataset_config: Any, tokenizer: Any, split: str) -> list[Sample]:
+def get_preprocessed_chat(dataset_config: Any, tokenizer: Any, split: str) -> Rows[Sample]:
     """Returns the split's samples: what `train_on` names is supervised, with the token that ends each answer.
 
     A question at the end of a chat has no answer to learn from, so it is left out, and so is a chat of nothing else.
     """
-    config = dataset_config
-    template = template_of(config.template, config.prompt_format)
+    template = template_of(dataset_config.template, dataset_config.prompt_format)
     template.check(tokenizer)
-    bad = BadRows(config.skip_bad_rows)
-    sources = sources_of(config.data_path)
-    chats = [_chats(source, config, split, bad) for source in sources]
-    if config.validation_rows:
-        chats = _divided(chats, config, split)
-    if template.alternates:
-        _say(split, _neighbours(chats))
-    _say(split, _spelled_out(tokenizer, template, chats))
-    samples = [encode_conversations(tokenizer, template, part, config.train_on, bad) for part in chats]
-    bad.check()
-    _say(split, bad.notice)
-    if split == config.train_split and sources[0].weight is not None:
-        samples = _mixed(sources, samples, config.seed, split)
-    return [sample for part in samples for sample in part]
+    sources = sources_of(dataset_config.data_path)
+    rows = [source.rows(dataset_config, _read_split(source, dataset_config, split)) for source in sources]
+    chats = Chats(dataset_config, tokenizer, template, split, sources, rows)
+    return Rows(chats.samples, dataset_config.data_path, lambda: sum(each.estimate() for each in rows))
 
 
-def _chats(source: Source, config: Any, split: str, bad: BadRows) -> list[Conversation]:
-    """Returns the conversations of one source that teach something; says what is left out."""
-    rows = source.rows(config, _read_split(source, config, split))
-    layout = layout_of(rows[0])
-    log.info("chat, %s: %s: %d rows read as %s", split, source.path, len(rows), layout.name)
-    read = []
-    for row in rows:
-        with bad.at(row.place):
-            read.append(read_conversation(row, layout))
-    bad.check()
-    chats = [chat for chat in read if chat.teaches(config.train_on)]
-    if not chats:
-        raise DataError(f"{source.path}, {split}: no row of {len(rows)} holds an answer to learn")
-    if chats[0].is_text:
-        _say(
-            split, f"{source.path} is plain text: every token is supervised, without a template (continued pretraining)"
-        )
-    else:
-        _say(split, _unanswered(source, len(read) - len(chats), chats if config.train_on != "all" else ()))
-    return chats
+@dataclass
+class Said:
+    """What the user is told of a split's conversations, counted while they are gone through."""
+
+    marks: Any = None
+    """finds control tokens and the template's marks where a turn spells them out"""
+    without: Counter[str] = field(default_factory=Counter)
+    """source -> chats without an answer"""
+    cut: int = 0
+    alike: int = 0
+    texts: int = 0
+    found: Counter[str] = field(default_factory=Counter)
+
+    def note(self, chat: Conversation) -> None:
+        """Counts one conversation."""
+        self.texts += chat.is_text
+        self.cut += not chat.is_text and chat.turns[-1].role != ASSISTANT
+        self.alike += chat.has_neighbours
+        mark = chat.spelled_out(self.marks)
+        self.found.update([mark] if mark else [])
+
+    def unanswered(self, path: str, train_on: str) -> str | None:
+        """Returns what of a source is left out for want of an answer, and begins to count the next one's."""
+        cut, texts = self.cut, self.texts
+        self.cut = self.texts = 0
+        if texts:
+            return f"{path} is plain text: every token is supervised, without a template (continued pretraining)"
+        told = [f"{self.without[path]} chats without an answer"] if self.without[path] else []
+        told += [f"the turns behind the last answer of {cut} chats"] if cut and train_on != "all" else []
+        return f"{path}: left out {' and '.join(told)}" if told else None
+
+    @property
+    def neighbours(self) -> str | None:
+        """A notice of turns that are joined, or None."""
+        return f"in {self.alike} chats, turns of one role in a row are joined by a blank line" if self.alike else None
+
+    @property
+    def spelled(self) -> str | None:
+        """A notice of control tokens and marks that stand in the chats as text, or None."""
+        if not self.found:
+            return None
+        told = ", ".join(f"{mark!r} in {count}" for mark, count in self.found.most_common(3))
+        return f"texts that spell out what the template or tokenizer marks turns with stay text: {told}"
+
+
+@dataclass
+class Chats:
+    """The conversations of one split. They are gone through twice where some are held out or sources are weighed."""
+
+    config: Any
+    tokenizer: Any
+    template: Template
+    split: str
+    sources: Sequence[Source]
+    rows: Sequence[Rows[Any]]
+    said: Said = field(default_factory=Said)
+
+    def samples(self) -> Iterator[Sample]:
+        """Yields the samples of all sources; says at the end what was left out."""
+        self.said = Said(marks=marks_pattern(self.tokenizer, self.template))
+        hold_out = self._hold_out()
+        draws = self._draws(hold_out)
+        for place, source in enumerate(self.sources):
+            counts = iter(draws[place]) if draws else None
+            waiting = self._chosen(place, hold_out)
+            while chats := list(islice(waiting, SAMPLES_AT_ONCE)):
+                for chat in chats:
+                    self.said.note(chat)
+                for sample in encode_conversations(self.tokenizer, self.template, chats, self.config.train_on):
+                    for _ in range(next(counts, 1) if counts else 1):
+                        yield sample
+            self._say(self.said.unanswered(source.path, self.config.train_on))
+        if self.template.alternates:
+            self._say(self.said.neighbours)
+        self._say(self.said.spelled)
+
+    def _chosen(self, place: int, hold_out: HoldOut | None) -> Iterator[Conversation]:
+        """Yields the conversations of a source that this split is to have."""
+        training = self.split == self.config.train_split
+        for number, chat in enumerate(self._teaching(place)):
+            if (
+                hold_out is None
+                or (training and not hold_out.asks(chat.question))
+                or (not training and hold_out.has(chat.question, place, number))
+            ):
+                yield chat
+
+    def _teaching(self, place: int) -> Iterator[Conversation]:
+        """Yields the conversations of a source that teach something."""
+        rows, source = self.rows[place], self.sources[place]
+        layout = layout_of(rows.first)
+        total = found = 0
+        for chat in rows.map(lambda row: read_conversation(row, layout)):
+            total += 1
+            if chat.teaches(self.config.train_on):
+                found += 1
+                yield chat
+        self.said.without[source.path] = total - found
+        if not found:
+            raise DataError(f"{source.path}, {self.split}: no row of {total} holds an answer to learn")
+
+    def _hold_out(self) -> HoldOut | None:
+        """Returns which conversations are held out to validate on, or None where every split has rows of its own."""
+        divided = self.split in (self.config.train_split, self.config.test_split)
+        if not self.config.validation_rows or not divided:
+            return None
+        questions = [(chat.question for chat in self._teaching(place)) for place in range(len(self.sources))]
+        hold_out = HoldOut.of(questions, self.config.validation_rows, self.config.seed)
+        if self.split == self.config.train_split and hold_out.twins:
+            held = self.config.validation_rows
+            self._say(f"held out {held} chats; left out {hold_out.twins} more that ask the same as one of them")
+        return hold_out
+
+    def _draws(self, hold_out: HoldOut | None) -> list[list[int]]:
+        """Returns how often each conversation of each source is drawn; empty where every one is once."""
+        if self.split != self.config.train_split or self.sources[0].weight is None:
+            return []
+        sizes = [sum(1 for _ in self._chosen(place, hold_out)) for place in range(len(self.sources))]
+        draws = draw_counts(sizes, [source.weight or 0 for source in self.sources], self.config.seed)
+        for source, size, counts in zip(self.sources, sizes, draws, strict=True):
+            least, most = min(counts), max(counts)
+            often = (
+                f"{size - sum(counts)} not used"
+                if not least
+                else f"each {least if least == most else f'{least} or {most}'} times"
+            )
+            self._say(f"{source.path}: {sum(counts)} samples drawn of {size} ({often}), the same in every epoch")
+        return draws
+
+    def _say(self, notice: str | None) -> None:
+        if notice:
+            log.warning("chat, %s: %s", self.split, notice)
 
 
 def _read_split(source: Source, config: Any, split: str) -> str:
@@ -95,60 +199,3 @@ def _read_split(source: Source, config: Any, split: str) -> str:
     if Path(source.path).expanduser().is_dir():
         raise ConfigError(f"{flag}: {source.path} is a folder with one file per split; name the file, or leave it out")
     return str(config.train_split)
-
-
-def _divided(chats: Sequence[Sequence[Conversation]], config: Any, split: str) -> list[list[Conversation]]:
-    """Returns each source's conversations that are held out, or those that are left to train on."""
-    if split not in (config.train_split, config.test_split):
-        return [list(part) for part in chats]
-    every = [(place, chat) for place, part in enumerate(chats) for chat in part]
-    held, train = held_out([chat.question for _, chat in every], config.validation_rows, config.seed)
-    twins = len(every) - len(held) - len(train)
-    if split == config.train_split and twins:
-        _say(split, f"held out {len(held)} chats; left out {twins} more that ask the same as one of them")
-    chosen = [every[index] for index in (train if split == config.train_split else held)]
-    return [[chat for at, chat in chosen if at == place] for place in range(len(chats))]
-
-
-def _mixed(sources: Sequence[Source], samples: Sequence[list[Sample]], seed: int, split: str) -> list[list[Sample]]:
-    """Returns the samples drawn of each source by its weight; says how many."""
-    sizes = [len(part) for part in samples]
-    draws = drawn(sizes, [source.weight or 0 for source in sources], seed)
-    for source, size, draw in zip(sources, sizes, draws, strict=True):
-        least, most = len(draw) // size, -(-len(draw) // size)
-        often = (
-            f"{size - len(draw)} not used"
-            if not least
-            else f"each {least if least == most else f'{least} or {most}'} times"
-        )
-        _say(split, f"{source.path}: {len(draw)} samples drawn of {size} ({often}), the same in every epoch")
-    return [[part[index] for index in draw] for part, draw in zip(samples, draws, strict=True)]
-
-
-# --- what is said -----------------------------------------------------------------------------------------------------
-
-
-def _say(split: str, notice: str | None) -> None:
-    if notice:
-        log.warning("chat, %s: %s", split, notice)
-
-
-def _unanswered(source: Source, without: int, chats: Sequence[Conversation]) -> str | None:
-    """Returns what is left out for want of an answer, or None."""
-    cut = sum(chat.turns[-1].role != ASSISTANT for chat in chats)
-    told = [f"{without} chats without an answer"] if without else []
-    told += [f"the turns behind the last answer of {cut} chats"] if cut else []
-    return f"{source.path}: left out {' and '.join(told)}" if told else None
-
-
-def _neighbours(chats: Sequence[Sequence[Conversation]]) -> str | None:
-    count = sum(chat.has_neighbours for part in chats for chat in part)
-    return f"in {count} chats, turns of one role in a row are joined by a blank line" if count else None
-
-
-def _spelled_out(tokenizer: Any, template: Template, chats: Sequence[Sequence[Conversation]]) -> str | None:
-    """Returns a notice of control tokens and marks that stand in the chats as text, or None."""
-    marks = marks_pattern(tokenizer, template)
-    found = Counter(mark for part in chats for chat in part if (mark := chat.spelled_out(marks)))
-    told = ", ".join(f"{mark!r} in {count}" for mark, count in found.most_common(3))
-    return f"texts that spell out what the template or tokenizer marks turns with stay text: {told}" if told else None

@@ -11,14 +11,15 @@ al., 2017; CC BY-NC-SA 4.0, not for business) and C4_200M (Stahlberg and Kumar, 
 from pathlib import Path
 from typing import Any
 
-from llmrecipes.data.files import load_rows, load_split, text
-from llmrecipes.prompts import encode_pairs
+from llmrecipes.data.files import load_rows, load_split
+from llmrecipes.data.rows import text
+from llmrecipes.prompts import EncodedSamples, encode_pairs
 
 COLUMNS = ("input", "target")
 PROMPT = "Correct this to standard English: {input}\n---\nCorrected: "
 
 
-def get_preprocessed_grammar(dataset_config: Any, tokenizer: Any, split: str) -> list[dict[str, list[int]]]:
+def get_preprocessed_grammar(dataset_config: Any, tokenizer: Any, split: str) -> EncodedSamples:
     """Returns the split's samples: the prompt masked, the corrected sentence and the end token supervised.
 
     `split` is the name of a split, or the path of its file (looked for in `data_path` where that is given).
@@ -28,5 +29,4 @@ def get_preprocessed_grammar(dataset_config: Any, tokenizer: Any, split: str) ->
         rows = load_rows(Path(folder).expanduser() / Path(split).expanduser(), COLUMNS)
     else:
         rows = load_split(dataset_config, split, COLUMNS)
-    pairs = [(PROMPT.format(input=text(row, "input")), text(row, "target")) for row in rows]
-    return encode_pairs(tokenizer, pairs)
+    return encode_pairs(tokenizer, rows.map(lambda row: (PROMPT.format(input=text(row, "input")), text(row, "target"))))

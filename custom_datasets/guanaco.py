@@ -16,16 +16,17 @@ The model sees the second, the Llama-2 chat template without a system prompt, wi
 
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
 from llmrecipes.config.options import option
-from llmrecipes.data.files import Row, load_hub, load_rows, load_split, save_rows, text
+from llmrecipes.data.files import load_hub, load_rows, load_split, save_rows
+from llmrecipes.data.rows import Row, Rows, text
 from llmrecipes.errors import ConfigError, DataError
-from llmrecipes.prompts import Piece, encode_samples, end_piece
+from llmrecipes.prompts import EncodedSamples, Piece, encode_samples, end_piece
 
 HUB = "timdettmers/openassistant-guanaco"
 """Has the splits train and test."""
@@ -42,14 +43,14 @@ class Turn(NamedTuple):
     answer: str | None
 
 
-def get_preprocessed_guanaco(dataset_config: Any, tokenizer: Any, split: str) -> list[dict[str, list[int]]]:
+def get_preprocessed_guanaco(dataset_config: Any, tokenizer: Any, split: str) -> EncodedSamples:
     """Returns the split's samples: the questions masked, every answer with its end token supervised.
 
     A question at the end of a chat has no answer to learn from, so it is left out, and so is a chat of nothing else.
     """
     rows = load_split(dataset_config, split, ("text",), hub_name=HUB)
-    chats = list(_answered(rows, f"guanaco, {split}"))
-    return encode_samples(tokenizer, [_pieces(tokenizer, turns) for turns in chats])
+    chats = _answered(rows, f"guanaco, {split}")
+    return encode_samples(tokenizer, chats.map(lambda turns: _pieces(tokenizer, turns)))
 
 
 def turns_of(row: Row) -> list[Turn]:
@@ -92,24 +93,27 @@ def _template_turns(content: str) -> list[Turn]:
     return turns
 
 
-def _answered(rows: Sequence[Row], title: str) -> Iterable[list[Turn]]:
-    """Yields the chats without the questions that have no answer, and logs how many those were."""
-    questions = chats = 0
-    for row in rows:
-        turns = turns_of(row)
-        if turns[-1].answer is None:
-            questions += 1
-            turns = turns[:-1]
-        if turns:
-            chats += 1
-            yield turns
-    if not chats:
-        raise DataError(f"{title}: no row of {len(rows)} holds an answer")
-    if questions:
-        reason = "a question at the end, left out since it has no answer to learn from"
-        logging.getLogger("llmrecipes").warning(
-            "%s: %d of %d chats have %s; %d have nothing else", title, questions, len(rows), reason, len(rows) - chats
-        )
+def _answered(rows: Rows[Row], title: str) -> Rows[list[Turn]]:
+    """Returns the chats without the questions that have no answer; once gone through, logs how many those were."""
+
+    def read() -> Iterator[list[Turn]]:
+        total = questions = answered = 0
+        for turns in rows.map(turns_of):
+            total += 1
+            questions += turns[-1].answer is None
+            kept = turns[:-1] if turns[-1].answer is None else turns
+            if kept:
+                answered += 1
+                yield kept
+        if not answered:
+            raise DataError(f"{title}: no row of {total} holds an answer")
+        if questions:
+            reason = "a question at the end, left out since it has no answer to learn from"
+            logging.getLogger("llmrecipes").warning(
+                "%s: %d of %d chats have %s; %d have nothing else", title, questions, total, reason, total - answered
+            )
+
+    return Rows(read, rows.place, rows.estimate)
 
 
 def _pieces(tokenizer: Any, turns: Sequence[Turn]) -> list[Piece]:

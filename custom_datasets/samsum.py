@@ -6,25 +6,24 @@ Source: Gliwa et al., "SAMSum Corpus" (2019), https://aclanthology.org/D19-5409,
 `--samsum_dataset.data_path FOLDER`, from local files. Licence CC BY-NC-ND 4.0: for research, not for business.
 """
 
-import logging
 from typing import Any
 
-from llmrecipes.data.files import load_split, text
-from llmrecipes.prompts import encode_pairs
+from llmrecipes.data.files import load_split
+from llmrecipes.data.rows import Row, text, with_text
+from llmrecipes.prompts import EncodedSamples, encode_pairs
 
 HUB = "knkarthick/samsum"
 PROMPT = "Summarize this dialog:\n{dialogue}\n---\nSummary:\n"
 
 
-def get_preprocessed_samsum(dataset_config: Any, tokenizer: Any, split: str) -> list[dict[str, list[int]]]:
+def get_preprocessed_samsum(dataset_config: Any, tokenizer: Any, split: str) -> EncodedSamples:
     """Returns the split's samples: the prompt masked, the summary and the end token supervised.
 
     A row with a blank dialogue (the corpus has one, in train) would teach to invent a summary, so it is left out.
     """
     rows = load_split(dataset_config, split, ("dialogue", "summary"), hub_name=HUB)
-    kept = [row for row in rows if text(row, "dialogue", blank_allowed=True).strip()]
-    if len(kept) < len(rows):
-        logging.getLogger("llmrecipes").warning(
-            "samsum, %s: left out %d of %d rows, their dialogue is blank", split, len(rows) - len(kept), len(rows)
-        )
-    return encode_pairs(tokenizer, [(PROMPT.format(dialogue=row["dialogue"]), text(row, "summary")) for row in kept])
+    return encode_pairs(tokenizer, with_text(rows, "dialogue", f"samsum, {split}").map(_pair))
+
+
+def _pair(row: Row) -> tuple[str, str]:
+    return PROMPT.format(dialogue=row["dialogue"]), text(row, "summary")

@@ -1,6 +1,7 @@
 """The trainer's units: a sample (one unpadded example), a batch (one forward), a window (one optimizer step)."""
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -48,7 +49,7 @@ class Sample:
 
 
 BY_DOCUMENT = "documents"
-"""Attention implementation (a model's `_attn_implementation`) that takes `DocumentGroups` instead of a mask."""
+"""Attention implementation (a model's `_attn_implementation`) that takes a `DocumentLayout` instead of a mask."""
 
 GROUP_SPREAD = 1.25
 """The longest document of a group over its shortest: the share of attention spent on filling stays under a third."""
@@ -70,6 +71,32 @@ class DocumentGroups:
         return DocumentGroups(gather, self.scatter.to(device, non_blocking=True))
 
 
+SHORTEST_BOUND = 128
+"""Tokens that `DocumentSpans.longest` is at least: below, a kernel gains nothing from knowing better."""
+
+
+@dataclass(frozen=True)
+class DocumentSpans:
+    """Where the documents of a batch begin and end in its tokens laid end to end, as varlen kernels take it.
+
+    Padding is cut into documents of its own, so that every token stands in one and none is longer than `longest`: a
+    kernel writes all of its output. Counts and bounds are rounded up, so that few batches differ in shape.
+    """
+
+    offsets: torch.Tensor
+    """int32 [documents + 1], ascending from 0 to the number of tokens; documents at the end may have no tokens"""
+    longest: int
+    """a power of two (or the width of a row) that no document exceeds"""
+
+    def to(self, device: torch.device) -> "DocumentSpans":
+        """Returns the spans with their offsets on `device`, copied without blocking."""
+        return DocumentSpans(self.offsets.to(device, non_blocking=True), self.longest)
+
+
+DocumentLayout = DocumentGroups | DocumentSpans
+"""Where the documents of a batch are, as the device's attention wants to know it."""
+
+
 @dataclass(frozen=True)
 class Batch:
     """What one forward takes. `documents` tells which tokens see each other; padding is document 0."""
@@ -82,8 +109,8 @@ class Batch:
     """int64 [rows, tokens]; 1, 2, ... within a row, 0 for padding"""
     sample_rows: tuple[int, ...]
     """`Sample.row` of every sample in it"""
-    groups: DocumentGroups | None
-    """where the documents are; None where every row holds one"""
+    layout: DocumentLayout | None
+    """where the documents are; None where every row holds one, and padding behind it"""
     supervised_tokens: int
     useful_tokens: int
 
@@ -91,10 +118,18 @@ class Batch:
         """Returns the batch on `device`, copied without blocking."""
         tensors = {name: getattr(self, name) for name in ("input_ids", "labels", "documents")}
         moved: dict[str, Any] = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
-        return replace(self, **moved, groups=self.groups.to(device) if self.groups else None)
+        return replace(self, **moved, layout=self.layout.to(device) if self.layout else None)
 
 
-def document_groups(documents: npt.NDArray[np.int64]) -> DocumentGroups | None:
+@dataclass(frozen=True)
+class SpanBounds:
+    """What all spans of a run are rounded up to at least, so that they have one shape."""
+
+    documents: int = 0
+    longest: int = SHORTEST_BOUND
+
+
+def document_groups(documents: npt.NDArray[np.int64], bounds: SpanBounds | None = None) -> DocumentGroups | None:
     """Returns the groups of [rows, tokens] document numbers; None where no row holds two documents."""
     if documents.max() <= 1:
         return None
@@ -113,6 +148,32 @@ def document_groups(documents: npt.NDArray[np.int64]) -> DocumentGroups | None:
         filled += places.size
         group = [span] if span is not None else []
     return DocumentGroups(tuple(gather), torch.from_numpy(scatter))
+
+
+def document_spans(documents: npt.NDArray[np.int64], bounds: SpanBounds | None = None) -> DocumentSpans | None:
+    """Returns the spans of [rows, tokens] document numbers; None where no row holds two documents."""
+    if documents.max() <= 1:
+        return None
+    bounds = bounds or SpanBounds()
+    rows, width = documents.shape
+    starts = np.flatnonzero(np.diff(documents, axis=1, prepend=-1).ravel())
+    ends = np.append(starts[1:], rows * width)
+    useful = documents.ravel()[starts] > 0
+    longest = min(width, _power_of_two(max(bounds.longest, int((ends - starts)[useful].max()))))
+    padding = [np.arange(start, end, longest) for start, end in zip(starts[~useful], ends[~useful], strict=True)]
+    offsets = np.sort(np.concatenate([starts[useful], *padding]))
+    filled = np.full(_power_of_two(max(bounds.documents, len(offsets))) + 1, rows * width, dtype=np.int32)
+    filled[: len(offsets)] = offsets
+    return DocumentSpans(torch.from_numpy(filled), longest)
+
+
+Layout = Callable[[npt.NDArray[np.int64], SpanBounds | None], DocumentLayout | None]
+"""[rows, tokens] document numbers -> where the documents are."""
+
+
+def _power_of_two(number: int) -> int:
+    """Returns the smallest power of two that is not below `number`."""
+    return 1 << max(0, number - 1).bit_length()
 
 
 def _spans(documents: npt.NDArray[np.int64]) -> list[tuple[int, int]]:

@@ -5,9 +5,10 @@ prompt has the ids that it has when it is typed at inference; the mask follows t
 searching for tokens. Text never becomes a control token: only a piece marked `control` does.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, islice
+from operator import length_hint
 from typing import Any, NamedTuple
 
 from llmrecipes.errors import DataError
@@ -45,25 +46,46 @@ def encode_sample(tokenizer: Any, pieces: Sequence[Piece]) -> dict[str, list[int
     The ids open with the tokenizer's own start token (never two, none where it has none); labels are the ids of
     supervised pieces and `IGNORED_LABEL` elsewhere.
     """
-    return encode_samples(tokenizer, [pieces])[0]
+    return next(iter(encode_samples(tokenizer, [pieces])))
 
 
-def encode_pairs(tokenizer: Any, pairs: Iterable[tuple[str, str]]) -> list[dict[str, list[int]]]:
+def encode_pairs(tokenizer: Any, pairs: Iterable[tuple[str, str]]) -> "EncodedSamples":
     """Returns the samples of (prompt, answer) texts: the prompt masked, the answer and the end token supervised."""
     end = end_piece(tokenizer)
-    return encode_samples(tokenizer, [[Piece(prompt), Piece(answer, supervised=True), end] for prompt, answer in pairs])
+
+    def pieces() -> Iterator[list[Piece]]:
+        for prompt, answer in pairs:
+            yield [Piece(prompt), Piece(answer, supervised=True), end]
+
+    return EncodedSamples(tokenizer, pieces, pairs)
 
 
-def encode_samples(tokenizer: Any, samples: Sequence[Sequence[Piece]]) -> list[dict[str, list[int]]]:
+def encode_samples(tokenizer: Any, samples: Iterable[Sequence[Piece]]) -> "EncodedSamples":
     """Returns what `encode_sample` gives for each, several times as fast: texts go to the tokenizer in thousands."""
-    start = start_ids(tokenizer)
-    encoded = []
-    for first in range(0, len(samples), SAMPLES_AT_ONCE):
-        runs = [_runs(pieces) for pieces in samples[first : first + SAMPLES_AT_ONCE]]
-        plain = ["".join(run.texts) for sample in runs for run in sample if not run.control]
-        ids = iter(_plain_ids(tokenizer, plain))
-        encoded += [_joined(tokenizer, sample, ids, start) for sample in runs]
-    return encoded
+    return EncodedSamples(tokenizer, lambda: iter(samples), samples)
+
+
+@dataclass(frozen=True)
+class EncodedSamples:
+    """Samples that are tokenized as they are gone through, any number of times; `list(...)` holds all at once."""
+
+    tokenizer: Any
+    pieces: Callable[[], Iterator[Sequence[Piece]]]
+    source: object
+    """what the pieces are made of: it may know how many there are"""
+
+    def __iter__(self) -> Iterator[dict[str, list[int]]]:
+        start = start_ids(self.tokenizer)
+        waiting = self.pieces()
+        while chunk := list(islice(waiting, SAMPLES_AT_ONCE)):
+            runs = [_runs(pieces) for pieces in chunk]
+            plain = ["".join(run.texts) for sample in runs for run in sample if not run.control]
+            ids = iter(_plain_ids(self.tokenizer, plain))
+            for sample in runs:
+                yield _joined(self.tokenizer, sample, ids, start)
+
+    def __length_hint__(self) -> int:
+        return length_hint(self.source)
 
 
 class _Run(NamedTuple):
@@ -102,13 +124,11 @@ def end_piece(tokenizer: Any) -> Piece:
     return Piece(tokenizer.eos_token, supervised=True, control=True)
 
 
-def text_ids(tokenizer: Any, text: str) -> list[int]:
-    """Returns the ids of plain text; a control token spelled out in it stays text."""
-    return _plain_ids(tokenizer, [text])[0]
-
-
 def _plain_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    return list(tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]) if texts else []
+    if not texts:
+        return []
+    options = {"add_special_tokens": False, "split_special_tokens": True, "return_attention_mask": False}
+    return list(tokenizer(texts, **options)["input_ids"])
 
 
 def start_ids(tokenizer: Any) -> list[int]:

@@ -1,6 +1,7 @@
 """Tiny real objects that the tests share: a byte-level tokenizer, a Llama of some 30,000 weights, folders of both."""
 
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ from typing import Any
 from llmrecipes.environment import prepare_environment
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+cache = tempfile.TemporaryDirectory(prefix="llmrecipes-tests-")  # removed when the tests end
+os.environ["LLMRECIPES_CACHE"] = cache.name
 prepare_environment()
 
 import numpy as np

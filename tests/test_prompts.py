@@ -18,7 +18,6 @@ from llmrecipes.prompts import (
     encode_sample,
     end_piece,
     start_ids,
-    text_ids,
 )
 
 LLAMA = Path(__file__).parents[2] / "shared" / "tokenizers" / "llama2"
@@ -52,6 +51,11 @@ def tokenizer(request: pytest.FixtureRequest) -> Any:
 
 def spells_nothing(text: str) -> bool:
     return "<" not in text
+
+
+def text_ids(tokenizer: Any, text: str) -> list[int]:
+    """The ids of plain text; a control token spelled out in it stays text."""
+    return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
 
 # --- the law ----------------------------------------------------------------------------------------------------------

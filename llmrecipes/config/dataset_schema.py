@@ -13,6 +13,7 @@ class DatasetSection:
     train_split: str = option("train", "split to train on")
     test_split: str = option("validation", "split to validate on")
     data_path: str = option("", "local file, or folder with one file a split; empty: the hub")
+    skip_bad_rows: int = option(0, "ours: bad rows of a split that may be left out; they are named", at_least=0)
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,6 @@ class ChatDataset(DatasetSection):
     prompt_format: str = option("{prompt}\n\n", "with template plain; {system} and {input} may stand in it")
     train_on: str = option("assistant", "what is learned", choices=("assistant", "last", "all"))
     validation_rows: int = option(0, "conversations of the train file held out to validate on", at_least=0)
-    skip_bad_rows: int = option(0, "bad rows that may be left out", at_least=0)
     seed: int = option(42, "seed of what is held out and drawn", at_least=0)
 
 
@@ -91,3 +91,12 @@ class DatasetOptions:
     guanaco_dataset: GuanacoDataset = section(GuanacoDataset, "")
     chat_dataset: ChatDataset = section(ChatDataset, "")
     custom_dataset: CustomDataset = section(CustomDataset, "")
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """Cache"""
+
+    data_cache: str = option(
+        "auto", "ours: where tokenized splits are kept between runs: auto (~/.cache/llmrecipes/data), off, or a folder"
+    )

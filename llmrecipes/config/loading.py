@@ -122,10 +122,13 @@ def resolve_names(
     known: list[tuple[str, Given]] = []
     problems: list[str] = []
     notices: list[str] = []
+    given = list(given)
+    datasets = [item.value for item in given if item.key == "dataset"]
+    chosen = str(datasets[-1] if datasets else leaves["dataset"].default if "dataset" in leaves else "")
     for item in given:
         for renamed, notice in rules.renamed(item):
             notices += [notice] if notice else []
-            keys = matching_keys(renamed.key, leaves)
+            keys = matching_keys(renamed.key, leaves, chosen)
             if len(keys) == 1:
                 known.append((keys[0], renamed))
             elif keys:
@@ -135,10 +138,12 @@ def resolve_names(
     return known, problems, notices
 
 
-def matching_keys(name: str, leaves: Mapping[str, Leaf]) -> list[str]:
-    """Returns the dotted keys that a name may mean: itself, or every section's key of that name."""
+def matching_keys(name: str, leaves: Mapping[str, Leaf], dataset: str = "") -> list[str]:
+    """Returns the dotted keys that a name may mean: itself, the chosen data set's, or every section's of that name."""
     if name in leaves:
         return [name]
+    if f"{dataset}.{name}" in leaves:
+        return [f"{dataset}.{name}"]
     return [key for key in leaves if "." not in name and key.split(".")[-1] == name]
 
 

@@ -7,7 +7,7 @@ so in its help line. A class is a group of `--help`; a nested class is a section
 
 from dataclasses import dataclass
 
-from llmrecipes.config.dataset_schema import DatasetOptions
+from llmrecipes.config.dataset_schema import CacheOptions, DatasetOptions
 from llmrecipes.config.options import REQUIRED, option, section
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -226,6 +226,7 @@ class RunConfig(
     TrainingOptions,
     TrainedOptions,
     BatchOptions,
+    CacheOptions,
     DatasetOptions,
     PrecisionOptions,
     ModelOptions,
@@ -300,7 +301,13 @@ class ComparisonOptions:
 
 @dataclass(frozen=True)
 class EvaluationConfig(
-    ComparisonOptions, DatasetOptions, GenerationOptions, AdapterOptions, PrecisionOptions, ModelOptions
+    ComparisonOptions,
+    CacheOptions,
+    DatasetOptions,
+    GenerationOptions,
+    AdapterOptions,
+    PrecisionOptions,
+    ModelOptions,
 ):
     """python -m llmrecipes.evaluation: score the base model, the tuned one or both on a split of a data set."""
 

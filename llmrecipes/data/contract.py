@@ -4,14 +4,14 @@ for check in check_contract(preprocessor, dataset_config, tokenizer, ["train", "
     print(check.outcome, check.promise, check.detail)
 """
 
+import logging
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, islice
 from typing import Any
 
 import numpy as np
-import torch
 
 from llmrecipes.batch import IdArray, Sample
 from llmrecipes.data.lints import (
@@ -25,24 +25,32 @@ from llmrecipes.data.lints import (
     lint_flags,
     marks_of,
 )
+from llmrecipes.data.made_rows import (
+    KEYS,
+    LENGTHS,
+    MASK,
+    NUMBERS,
+    VOCABULARY,
+    RowError,
+    iterated,
+    named,
+    sample_of,
+)
 from llmrecipes.data.overlap import digest, held
-from llmrecipes.data.samples import named
+from llmrecipes.data.rows import BadRows, faults_text, noted_in
 from llmrecipes.errors import LlmRecipesError, PluginError
 from llmrecipes.plugins import Plugin
 from llmrecipes.prompts import IGNORED_LABEL
 
 CHUNK_ROWS = 2048
 
+log = logging.getLogger("llmrecipes")
+
 PASS, FAIL, NOTE, SKIP = "pass", "FAIL", "note", "skip"
 """Kept; broken; not promised, but probably unwanted; not to be known, because another promise was broken."""
 
 RETURNS = "returns rows for every split"
-SEQUENCE = "what it returns is a sequence: it has a length and can be read again"
-KEYS = "each row is a mapping with input_ids and labels"
-NUMBERS = "input_ids, labels and attention_mask are flat lists of whole numbers"
-LENGTHS = "labels and attention_mask are as long as input_ids, and none is empty"
-MASK = "attention_mask is 1, and 0 for padding at the ends only"
-VOCABULARY = "every id lies within the vocabulary"
+LASTING = "what it returns can be gone through again, as a list can"
 LABELS = "a label is its token's own id, or -100"
 SUPERVISED = "every row has a token to learn"
 END = "every row ends with a supervised end token"
@@ -57,7 +65,7 @@ ROW_PROMISES = (KEYS, NUMBERS, LENGTHS, MASK, VOCABULARY, LABELS, SUPERVISED, EN
 HABITS = (START, PROMPTS)
 """What is promised by nobody, and still nearly always meant."""
 
-PROMISES = (RETURNS, SEQUENCE, *ROW_PROMISES, *HABITS, DIFFER, APART, AGAIN, TOKENIZER)
+PROMISES = (RETURNS, LASTING, *ROW_PROMISES, *HABITS, DIFFER, APART, AGAIN, TOKENIZER)
 """All that is checked, in the order of the report."""
 
 LINTED = {END: (NO_END, END_IGNORED), START: (NO_START, TWO_STARTS), PROMPTS: (ALL_SUPERVISED,)}
@@ -73,21 +81,13 @@ class Check:
     detail: str = ""
 
 
-class RowError(ValueError):
-    """A row that is no sample; `promise` is the one that it breaks."""
-
-    def __init__(self, promise: str, detail: str) -> None:
-        super().__init__(detail)
-        self.promise = promise
-
-
 @dataclass
 class Reading:
     """What one call of the preprocessor gave."""
 
     split: str
     error: str = ""
-    is_sequence: bool = False
+    is_lasting: bool = False
     rows: int = 0
     digests: "array[int]" = field(default_factory=lambda: array("Q"))
     broken: dict[str, dict[int, str]] = field(default_factory=dict)
@@ -110,9 +110,9 @@ def check_contract(
     changed = [f"{name} was {old}, and is {new}" for name, (old, new) in _changes(before, _state(tokenizer)).items()]
     return [
         _told(RETURNS, [f"split {reading.split}: {reading.error}" for reading in first if reading.error]),
-        _told(SEQUENCE, [f"split {reading.split}: {_SEQUENCE_ADVICE}" for reading in first if not reading.is_sequence])
+        _told(LASTING, [f"split {reading.split}: {_LASTING_ADVICE}" for reading in first if not reading.is_lasting])
         if not any(reading.error for reading in first)
-        else Check(SKIP, SEQUENCE),
+        else Check(SKIP, LASTING),
         *(_row_check(promise, first) for promise in (*ROW_PROMISES, *HABITS)),
         _differ_check(first),
         _apart_check(first),
@@ -127,32 +127,15 @@ def read_samples(preprocessor: Plugin, dataset_config: Any, tokenizer: Any, spli
     Raises `PluginError` for what is no row at all.
     """
     place = f"{preprocessor.path.name}:{preprocessor.name}, split {split}"
-    made = preprocessor(dataset_config, tokenizer, split)
-    for number, row in enumerate(preprocessor.each(_iterated(made, place))):
-        try:
-            yield sample_of(row, number)
-        except RowError as error:
-            raise PluginError(f"{place}, row {number}: {error}; promised is: {error.promise}") from None
-
-
-def sample_of(row: Any, number: int) -> Sample:
-    """Returns one row as a sample, without the padding at its ends; raises `RowError`."""
-    if not (hasattr(row, "keys") and hasattr(row, "get")):
-        raise RowError(KEYS, f"it is {_kind(row)}")
-    missing = [key for key in ("input_ids", "labels") if key not in row]
-    if missing:
-        raise RowError(KEYS, f"no {' and no '.join(missing)}, only {', '.join(map(str, row.keys())) or 'nothing'}")
-    input_ids, labels = _ids(row["input_ids"], "input_ids"), _ids(row["labels"], "labels")
-    mask = row.get("attention_mask")
-    attended = np.ones_like(input_ids) if mask is None else _ids(mask, "attention_mask")
-    for name, values in (("labels", labels), ("attention_mask", attended)):
-        if len(values) != len(input_ids):
-            raise RowError(LENGTHS, f"{len(values)} {name} for {len(input_ids)} input_ids")
-    kept = np.flatnonzero(attended)
-    start, end = (int(kept[0]), int(kept[-1]) + 1) if len(kept) else (0, 0)
-    if (attended[start:end] != 1).any():
-        raise RowError(MASK, "it has other values, or zeros in between")
-    return Sample(input_ids[start:end], labels[start:end], number)
+    with noted_in(BadRows(int(getattr(dataset_config, "skip_bad_rows", 0) or 0))) as bad:
+        made = preprocessor(dataset_config, tokenizer, split)
+        for number, row in enumerate(preprocessor.each(iterated(made, place))):
+            try:
+                yield sample_of(row, number)
+            except RowError as error:
+                raise PluginError(f"{place}, row {number}: {error}; promised is: {error.promise}") from None
+    if bad.faults:
+        log.warning("%s: left out %d bad rows: %s", place, len(bad.faults), faults_text(bad.faults))
 
 
 def _reading(preprocessor: Plugin, dataset_config: Any, tokenizer: Any, split: str, vocabulary_size: int) -> Reading:
@@ -161,8 +144,8 @@ def _reading(preprocessor: Plugin, dataset_config: Any, tokenizer: Any, split: s
     marks = marks_of(tokenizer)
     try:
         made = preprocessor(dataset_config, tokenizer, split)
-        reading.is_sequence = hasattr(made, "__len__") and hasattr(made, "__getitem__")
-        numbered = enumerate(preprocessor.each(_iterated(made, f"split {split}")))
+        reading.is_lasting = not isinstance(made, Iterator)
+        numbered = enumerate(preprocessor.each(iterated(made, f"split {split}")))
         while chunk := list(islice(numbered, CHUNK_ROWS)):
             reading.rows += len(chunk)
             read = [_read_row(reading, row, number, vocabulary_size) for number, row in chunk]
@@ -218,7 +201,7 @@ def _label_fault(ids: IdArray, labels: IdArray) -> str:
 
 # --- checks -----------------------------------------------------------------------------------------------------------
 
-_SEQUENCE_ADVICE = "it can be read only once or has no length; return a list"
+_LASTING_ADVICE = "it can be gone through only once; return a list"
 
 
 def _told(promise: str, faults: Sequence[str], outcome: str = FAIL) -> Check:
@@ -286,37 +269,3 @@ def _state(tokenizer: Any) -> dict[str, object]:
 
 def _changes(before: Mapping[str, object], after: Mapping[str, object]) -> dict[str, tuple[object, object]]:
     return {name: (before[name], after[name]) for name in before if before[name] != after[name]}
-
-
-# --- rows -------------------------------------------------------------------------------------------------------------
-
-
-def _iterated(made: Any, place: str) -> Iterable[Any]:
-    """Returns what a preprocessor made as something to go through; a map-style torch data set has only an index."""
-    if isinstance(made, Mapping | str | bytes):
-        raise PluginError(f"{place}: expected a sequence of rows, it returned {_kind(made)}")
-    if isinstance(made, Iterable):
-        return made
-    if hasattr(made, "__getitem__") and hasattr(made, "__len__"):
-        return (made[index] for index in range(len(made)))
-    raise PluginError(f"{place}: expected a sequence of rows, it returned {_kind(made)}")
-
-
-def _ids(values: Any, name: str) -> IdArray:
-    """Returns a list, array or tensor of one row as int32 [tokens]; `[1, tokens]`, a batch of one, is taken too."""
-    try:
-        found = np.asarray(values.detach().cpu() if isinstance(values, torch.Tensor) else values)
-    except (ValueError, TypeError, RuntimeError):
-        raise RowError(NUMBERS, f"{name} is {_kind(values)}") from None
-    if found.ndim == 2 and len(found) == 1:
-        found = found[0]
-    if found.ndim != 1 or (found.size and found.dtype.kind not in ("iub" if name == "attention_mask" else "iu")):
-        raise RowError(NUMBERS, f"{name} is {_kind(values)} of shape {list(found.shape)}, {found.dtype}")
-    limits = np.iinfo(np.int32)
-    if found.size and not limits.min <= int(found.min()) <= int(found.max()) <= limits.max:
-        raise RowError(VOCABULARY, f"{name} goes from {found.min()} to {found.max()}, which no token has for its id")
-    return found.astype(np.int32)
-
-
-def _kind(value: Any) -> str:
-    return "None" if value is None else type(value).__name__

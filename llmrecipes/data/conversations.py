@@ -2,21 +2,20 @@
 
     layout = layout_of(rows[0])
     conversation = read_conversation(rows[0], layout)
-    samples = encode_conversations(tokenizer, template, [conversation], "assistant", BadRows(allowed=0))
+    samples = encode_conversations(tokenizer, template, [conversation], "assistant")
 
-Every fault is one `DataError` that says which turn or column it is in; `BadRows` puts file and row before it.
+Every fault is one `DataError` that says which turn or column it is in.
 """
 
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from llmrecipes.data.files import Row
+from llmrecipes.data.rows import Row, bad_rows
 from llmrecipes.data.templates import Template
 from llmrecipes.data.turns import ASSISTANT, SYSTEM, TOOL, USER, Turn, control_tokens, either, learned
 from llmrecipes.errors import DataError, did_you_mean
@@ -117,47 +116,15 @@ def read_conversation(row: Row, layout: Layout) -> Conversation:
     return Conversation(turns, row.place)
 
 
-@dataclass
-class BadRows:
-    """Rows that cannot be used, up to `allowed` of which are left out and named."""
-
-    allowed: int
-    faults: list[str] = field(default_factory=list)
-
-    @contextmanager
-    def at(self, place: str) -> Iterator[None]:
-        """Notes what is wrong with the row at `place` instead of raising it."""
-        try:
-            yield
-        except DataError as error:
-            self.faults.append(f"{place}: {error}")
-
-    def check(self) -> None:
-        """Raises one `DataError` where there are more than allowed: the first of them, and how many more."""
-        if len(self.faults) > self.allowed:
-            more = f" (and {len(self.faults) - 1} more such rows)" if len(self.faults) > 1 else ""
-            raise DataError(f"{self.faults[0]}{more}")
-
-    @property
-    def notice(self) -> str | None:
-        """What was left out, or None."""
-        if not self.faults:
-            return None
-        more = f"; and {len(self.faults) - NAMED_FAULTS} more" if len(self.faults) > NAMED_FAULTS else ""
-        return f"left out {len(self.faults)} bad rows: {'; '.join(self.faults[:NAMED_FAULTS])}{more}"
-
-
-NAMED_FAULTS = 5
-
-
 def encode_conversations(
-    tokenizer: Any, template: Template, conversations: Sequence[Conversation], train_on: str, bad: BadRows
+    tokenizer: Any, template: Template, conversations: Sequence[Conversation], train_on: str
 ) -> list[dict[str, list[int]]]:
     """Returns `{input_ids, labels, attention_mask}` of each conversation; all of them must teach something.
 
     `train_on`: assistant (every answer with its end token), last (the last one) or all (questions, too). It decides on
-    labels alone, not on ids. Conversations that the template has no place for go to `bad`.
+    labels alone, not on ids. Conversations that the template has no place for are bad rows.
     """
+    bad = bad_rows()
     laid_out: list[tuple[Conversation, list[Piece], list[bool]]] = []
     for conversation in conversations:
         with bad.at(conversation.place):

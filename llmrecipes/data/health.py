@@ -14,8 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from llmrecipes.batch import Sample
+from llmrecipes.data.limits import Overlong, SampleLimits, piece
 from llmrecipes.data.lints import LINTS, NOTHING_SUPERVISED, Marks, lint_flags, marks_of, template_fault
 from llmrecipes.data.loaders import Loader
+from llmrecipes.data.made_rows import named
 from llmrecipes.data.overlap import (
     Hashes,
     Overlap,
@@ -28,7 +30,6 @@ from llmrecipes.data.overlap import (
     question_digest,
     repeats,
 )
-from llmrecipes.data.samples import Overlong, SampleLimits, named
 from llmrecipes.prompts import IGNORED_LABEL
 
 CHUNK_ROWS = 2048
@@ -232,7 +233,7 @@ def _count(profile: Profile, samples: Sequence[Sample]) -> None:
     longest = profile.limits.longest
     for sample in samples:
         fits = len(sample.input_ids) <= longest
-        kept = [sample] if fits else Overlong(profile.limits).pieces(sample)
+        kept = [sample] if fits else [piece(sample, at) for at in Overlong(profile.limits).stretches(sample)]
         profile.lengths.append(len(sample.input_ids))
         profile.supervised += sample.supervised_tokens
         profile.kept_lengths += [len(piece.input_ids) for piece in kept]

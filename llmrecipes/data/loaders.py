@@ -13,13 +13,25 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
-from llmrecipes.batch import Batch, Sample, Window, document_groups
-from llmrecipes.data.packing import Row, chunks, length_grouped, packed_rows, sample_order
+from llmrecipes.batch import (
+    SHORTEST_BOUND,
+    Batch,
+    Layout,
+    Sample,
+    SpanBounds,
+    Window,
+    document_groups,
+)
+from llmrecipes.data.packing import Row, chunks, length_grouped, packed_rows, rank_shares, sample_order
+from llmrecipes.data.store import SampleStore
 from llmrecipes.errors import LlmRecipesError, PluginError
 from llmrecipes.plugins import blamed
 from llmrecipes.prompts import IGNORED_LABEL
 
 Collator = Callable[[list[dict[str, Any]]], Any]
+
+ROOM = 1.25
+"""Documents that a batch of fixed shape has room for, over the most that one of the first epoch holds."""
 
 COLLATED = ("input_ids", "labels", "attention_mask")
 """What is read of a collator's batch."""
@@ -40,6 +52,13 @@ class Loader:
     workers: int = 0
     collator: Collator | None = None
     """a plug-in's own `get_data_collator`, padding only"""
+    layout: Layout = document_groups
+    """`document_groups` for CPUs, `document_spans` for GPUs"""
+    fixed_shapes: bool = False
+    """every batch is [batch_rows, row_tokens], filled up with padding, so that compiled code meets one shape only"""
+    rank: int = 0
+    ranks: int = 1
+    """processes that share a window: each has rows of its own, as many tokens as the others, and together all"""
 
     def __post_init__(self) -> None:
         """Tries a collator on the first batch, so that what is wrong with it is said before the model is loaded."""
@@ -52,20 +71,41 @@ class Loader:
     @cached_property
     def lengths(self) -> list[int]:
         """Tokens of each sample."""
+        if isinstance(self.samples, SampleStore):
+            return self.samples.lengths.tolist()
         return [len(sample.input_ids) for sample in self.samples]
 
     @property
     def useful_tokens(self) -> int:
-        """Tokens of an epoch, without padding."""
+        """Tokens of an epoch, without padding, of all ranks."""
         return sum(self.lengths)
 
-    @property
+    @cached_property
     def supervised_tokens(self) -> int:
-        """Tokens of an epoch that enter the loss."""
+        """Tokens of an epoch that enter the loss, of all ranks."""
+        if isinstance(self.samples, SampleStore):
+            return int(self.samples.supervised_counts.sum())
         return sum(sample.supervised_tokens for sample in self.samples)
 
+    @cached_property
+    def _bounds(self) -> SpanBounds:
+        """Bounds of the spans of every batch: the longest sample, and room for as many documents as one may hold."""
+        most = max(sum(map(len, batch)) for batch in chunks(self.rows(0), self.batch_rows))
+        return SpanBounds(int(ROOM * most) + self.batch_rows, max(SHORTEST_BOUND, *self.lengths))
+
+    @cached_property
+    def _planned(self) -> dict[int, list[Row]]:
+        """The rows of the epoch asked for last: planning a million samples takes seconds."""
+        return {}
+
     def rows(self, epoch: int) -> list[Row]:
-        """Returns the epoch's rows, each a list of indices into `samples`."""
+        """Returns the epoch's rows, of all ranks, each a list of indices into `samples`."""
+        if epoch not in self._planned:
+            self._planned.clear()
+            self._planned[epoch] = self._rows(epoch)
+        return self._planned[epoch]
+
+    def _rows(self, epoch: int) -> list[Row]:
         order = sample_order(len(self.samples), self.seed, epoch)
         if self.strategy == "packing":
             return packed_rows(self.lengths, order, self.row_tokens, self.seed, epoch)
@@ -74,8 +114,15 @@ class Loader:
         return [[index] for index in order]
 
     def window_rows(self, epoch: int) -> list[list[list[Row]]]:
-        """Returns the epoch's windows as lists of batches of rows."""
-        return chunks(chunks(self.rows(epoch), self.batch_rows), self.window_batches)
+        """Returns the epoch's windows as lists of this rank's batches of rows."""
+        windows = chunks(self.rows(epoch), self.batch_rows * self.window_batches * self.ranks)
+        if self.ranks > 1:
+            tokens = self.lengths
+            windows = [
+                rank_shares(rows, [sum(tokens[index] for index in row) for row in rows], self.ranks)[self.rank]
+                for rows in windows
+            ]
+        return [chunks(rows, self.batch_rows) for rows in windows]
 
     def windows(self, epoch: int, start: int = 0) -> Iterator[Window]:
         """Yields the epoch's windows from number `start` on."""
@@ -112,15 +159,25 @@ class Loader:
         grouped = [[self.samples[index] for index in row] for row in rows]
         if self.collator is not None:
             return collated_batch([row[0] for row in grouped], self.collator)
-        return padded_batch(grouped)
+        if not self.fixed_shapes:
+            return padded_batch(grouped, self.layout)
+        return padded_batch(grouped, self.layout, (self.batch_rows, self.row_tokens), self._bounds)
 
 
-def padded_batch(rows: Sequence[Sequence[Sample]]) -> Batch:
-    """Returns rows of whole samples as one `Batch`; within a row documents are numbered from 1, padding is 0."""
-    width = max(sum(len(sample.input_ids) for sample in row) for row in rows)
-    input_ids = np.zeros((len(rows), width), dtype=np.int64)
-    labels = np.full((len(rows), width), IGNORED_LABEL, dtype=np.int64)
-    documents = np.zeros((len(rows), width), dtype=np.int64)
+def padded_batch(
+    rows: Sequence[Sequence[Sample]],
+    layout: Layout = document_groups,
+    shape: tuple[int, int] | None = None,
+    bounds: SpanBounds | None = None,
+) -> Batch:
+    """Returns rows of whole samples as one `Batch`; within a row documents are numbered from 1, padding is 0.
+
+    `shape` is the batch's [rows, tokens], by default the smallest that holds them; `bounds` those of its spans.
+    """
+    shape = shape or (len(rows), max(sum(len(sample.input_ids) for sample in row) for row in rows))
+    input_ids = np.zeros(shape, dtype=np.int64)
+    labels = np.full(shape, IGNORED_LABEL, dtype=np.int64)
+    documents = np.zeros(shape, dtype=np.int64)
     for row_number, row in enumerate(rows):
         start = 0
         for document, sample in enumerate(row, start=1):
@@ -134,7 +191,7 @@ def padded_batch(rows: Sequence[Sequence[Sample]]) -> Batch:
         labels=torch.from_numpy(labels),
         documents=torch.from_numpy(documents),
         sample_rows=tuple(sample.row for row in rows for sample in row),
-        groups=document_groups(documents),
+        layout=layout(documents, bounds),
         supervised_tokens=int((labels != IGNORED_LABEL).sum()),
         useful_tokens=int((documents > 0).sum()),
     )
@@ -162,7 +219,7 @@ def collated_batch(samples: Sequence[Sample], collator: Collator) -> Batch:
         labels=labels,
         documents=documents,
         sample_rows=tuple(sample.row for sample in samples),
-        groups=None,
+        layout=None,
         supervised_tokens=int((labels != IGNORED_LABEL).sum()),
         useful_tokens=int(documents.sum()),
     )

@@ -11,14 +11,18 @@ Nothing here depends on anything but its arguments: the same seed draws the same
 
 import hashlib
 import math
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
 from typing import Any
 
-from llmrecipes.data.files import Row, load_hub, load_split
+import numpy as np
+
+from llmrecipes.data.files import load_hub, load_split
+from llmrecipes.data.rows import Row, Rows
 from llmrecipes.errors import ConfigError, DataError
 
 FLAG = "--chat_dataset.data_path"
@@ -32,7 +36,7 @@ class Source:
     path: str
     weight: float | None = None
 
-    def rows(self, dataset_config: Any, split: str) -> list[Row]:
+    def rows(self, dataset_config: Any, split: str) -> Rows[Row]:
         """Returns the rows of a split, all columns; raises `DataError`."""
         if self.path.startswith(HUB):
             return load_hub(self.path.removeprefix(HUB), split, way_out=f"{FLAG} FOLDER")
@@ -80,8 +84,8 @@ def _source(part: str, data_path: str) -> Source:
     return Source(path, weight)
 
 
-def drawn(sizes: Sequence[int], weights: Sequence[float], seed: int) -> list[list[int]]:
-    """Returns which rows of each source are drawn: as many in all as there are, divided by weight.
+def draw_counts(sizes: Sequence[int], weights: Sequence[float], seed: int) -> list[list[int]]:
+    """Returns how often each row of each source is drawn: as many in all as there are, divided by weight.
 
     A source of few rows gives all of them, and again, before any row comes a second time more than another.
     """
@@ -96,26 +100,58 @@ def drawn(sizes: Sequence[int], weights: Sequence[float], seed: int) -> list[lis
             f"{FLAG}: source {shares.index(0) + 1} is too small or weighs too little: no row of it is drawn"
         )
     return [
-        _draw(size, share, f"{seed}/{place}") for place, (size, share) in enumerate(zip(sizes, shares, strict=True))
+        _counts(size, share, f"{seed}/{place}") for place, (size, share) in enumerate(zip(sizes, shares, strict=True))
     ]
 
 
-def _draw(size: int, share: int, seed: str) -> list[int]:
-    rest = sorted(Random(seed).sample(range(size), share % size))
-    return [*range(size)] * (share // size) + rest
+def _counts(size: int, share: int, seed: str) -> list[int]:
+    counts = [share // size] * size
+    for place in Random(seed).sample(range(size), share % size):
+        counts[place] += 1
+    return counts
 
 
-def held_out(keys: Sequence[str], wanted: int, seed: int) -> tuple[list[int], list[int]]:
-    """Returns the rows held out, one for each of `wanted` keys, and the rows left for training, of other keys.
+@dataclass(frozen=True)
+class HoldOut:
+    """Which rows are held out: one for each of as many questions as are wanted; no other row may ask them.
 
-    Which keys these are depends on the seed and on each key alone: more rows in the file move few of them.
+    A question is held out for its own hash with the seed: more rows in the file move few of them.
     """
-    first = {key: place for place, key in reversed(list(enumerate(keys)))}
-    if wanted >= len(first):
-        raise DataError(
-            f"--chat_dataset.validation_rows {wanted}: the {len(keys)} conversations ask {len(first)} "
-            "different things, so none would be left to train on; ask for fewer"
-        )
-    chosen = set(sorted(first, key=lambda key: hashlib.sha256(f"{seed}\n{key}".encode()).digest())[:wanted])
-    train = [place for place, key in enumerate(keys) if key not in chosen]
-    return sorted(first[key] for key in chosen), train
+
+    seed: int
+    largest: int
+    """hash up to which questions are held out"""
+    first: frozenset[int]
+    """the rows held out, counted through all sources"""
+    twins: int
+    """rows beside those that ask the same"""
+    offsets: tuple[int, ...]
+    """row that each source begins at"""
+
+    @classmethod
+    def of(cls, questions: Sequence[Iterable[str]], wanted: int, seed: int) -> "HoldOut":
+        """Returns what is held out of the questions of each source; raises `DataError` where nothing else is left."""
+        hashes, offsets = array("Q"), []
+        for source in questions:
+            offsets.append(len(hashes))
+            hashes.extend(_hash(seed, question) for question in source)
+        different, first, counts = np.unique(np.array(hashes), return_index=True, return_counts=True)
+        if wanted >= len(different):
+            raise DataError(
+                f"--chat_dataset.validation_rows {wanted}: the {len(hashes)} conversations ask {len(different)} "
+                "different things, so none would be left to train on; ask for fewer"
+            )
+        held = frozenset(first[:wanted].tolist())
+        return cls(seed, int(different[wanted - 1]), held, int(counts[:wanted].sum()) - wanted, tuple(offsets))
+
+    def has(self, question: str, source: int, number: int) -> bool:
+        """Returns whether row `number` of a source is held out."""
+        return self.asks(question) and self.offsets[source] + number in self.first
+
+    def asks(self, question: str) -> bool:
+        """Returns whether a row asks what a row held out asks, or is one."""
+        return _hash(self.seed, question) <= self.largest
+
+
+def _hash(seed: int, question: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}\n{question}".encode()).digest()[:8])

@@ -62,6 +62,17 @@ def length_grouped(lengths: Sequence[int], order: Sequence[int], batch_rows: int
     return grouped
 
 
+def rank_shares(rows: Sequence[Row], tokens: Sequence[int], ranks: int) -> list[list[Row]]:
+    """Returns the rows of each rank, in their order: the longest are dealt first, to and fro, so that the ranks have
+    about the same tokens and, but for one, the same number of rows."""
+    longest_first = sorted(range(len(rows)), key=lambda row: -tokens[row])
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    for turn, row in enumerate(longest_first):
+        lap, place = divmod(turn, ranks)
+        shares[place if lap % 2 == 0 else ranks - 1 - place].append(row)
+    return [[rows[row] for row in sorted(share)] for share in shares]
+
+
 def chunks(items: Sequence[Item], size: int) -> list[list[Item]]:
     """Returns the items in lists of `size`, the last one shorter where they do not divide."""
     return [list(items[start : start + size]) for start in range(0, len(items), size)]

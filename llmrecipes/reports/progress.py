@@ -149,3 +149,21 @@ def counted(label: str, total: int, console: Console | None = None) -> Iterator[
         yield lambda done: bar.update(task, completed=done)
     if not console.is_terminal:
         console.print(printable(f"{label}: {total} in {duration(time.monotonic() - started)}"), soft_wrap=True)
+
+
+@contextmanager
+def reading(label: str, console: Console | None = None) -> Iterator[Callable[[int, int], None] | None]:
+    """Gives a function to be told (rows read, about how many there are), or None where no terminal would show it.
+
+    The bar stands there only while it is read: what is read in a moment leaves no trace.
+    """
+    console = console or Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        yield None
+        return
+    columns = (TextColumn(printable(label)), BarColumn(), TextColumn("{task.fields[rows]}"))
+    with RichProgress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(label, total=None, rows="")
+        yield lambda done, total: bar.update(
+            task, completed=done, total=max(done, total) if total else None, rows=f"{count(done)} rows"
+        )

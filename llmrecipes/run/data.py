@@ -29,11 +29,11 @@ from llmrecipes.data.health import (
     overlaps_of,
     profile_split,
 )
+from llmrecipes.data.limits import SampleLimits
 from llmrecipes.data.lints import marks_of, sample_lints
 from llmrecipes.data.loaders import Loader
 from llmrecipes.data.overlap import Overlap
 from llmrecipes.data.preprocessors import dataset_section, load_preprocessor
-from llmrecipes.data.samples import SampleLimits
 from llmrecipes.errors import ConfigError, DataError, PluginError
 from llmrecipes.models.loading import load_tokenizer, model_limits, resolve_model
 from llmrecipes.plugins import Plugin, plugin_folders

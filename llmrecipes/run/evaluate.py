@@ -80,7 +80,8 @@ def asked_samples(
     config: EvaluationConfig, tokenizer: Any, preprocessor: Plugin, source: str
 ) -> tuple[list[Sample], list[str]]:
     """Returns the samples that are asked, and notices; prompts that leave no room to answer are dropped if so told."""
-    samples, notices = load_split(config, tokenizer, preprocessor, config.split, source)
+    store, notices = load_split(config, tokenizer, preprocessor, config.split, source)
+    samples = list(store)
     if config.overlong == "drop":
         longest = sample_limits(config, source).longest - config.max_new_tokens
         fitting = [sample for sample in samples if len(sample.prompt_ids) <= longest]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from llmrecipes.batch import Sample
+from llmrecipes.batch import Layout, Sample
 from llmrecipes.config.loading import Loaded
 from llmrecipes.config.schema import RunConfig
 from llmrecipes.config.show import flat_config, run_yaml, value_of
@@ -17,7 +17,7 @@ from llmrecipes.data.health import quick_findings
 from llmrecipes.data.loaders import Collator, Loader, padded_batch
 from llmrecipes.data.preprocessors import dataset_section, load_preprocessor
 from llmrecipes.errors import ConfigError, PluginError, TrainingError, first_line
-from llmrecipes.kernels.attention import apply_document_attention
+from llmrecipes.kernels.attention import apply_document_attention, document_layout
 from llmrecipes.models.adapters import attach_trained, check_checkpoint, count_parameters
 from llmrecipes.models.folders import is_local, local_path
 from llmrecipes.models.loading import load_model, load_tokenizer, resolve_model
@@ -82,7 +82,7 @@ def finetune(loaded: Loaded[RunConfig], config_path: str | None) -> int:
     folder = check_output_dir(config.output_dir, config.overwrite_output_dir, inputs)
     tokenizer = load_tokenizer(config, source)
     set_seeds(config.seed)
-    loaders = build_loaders(config, tokenizer, plugins, source)
+    loaders = build_loaders(config, tokenizer, plugins, source, document_layout(precision))
     contract = prompt_contract(tokenizer, loaders.training.samples)
     base = load_model(config, source, precision, dtype=None if config.use_peft else precision.trained)
     kernels = apply_kernels(base, config)
@@ -130,8 +130,8 @@ def check_packing(config: RunConfig, preprocessor: Plugin, collator: object) -> 
         )
 
 
-def build_loaders(config: RunConfig, tokenizer: Any, plugins: Plugins, source: str) -> Loaders:
-    """Returns both splits, read and checked."""
+def build_loaders(config: RunConfig, tokenizer: Any, plugins: Plugins, source: str, layout: Layout) -> Loaders:
+    """Returns both splits, read and checked; `layout` tells the device where documents are."""
     section = dataset_section(config)
     collator = plugins.collator(tokenizer) if plugins.collator else None
     preprocessor = plugins.preprocessor
@@ -146,6 +146,7 @@ def build_loaders(config: RunConfig, tokenizer: Any, plugins: Plugins, source: s
         group_by_length=config.group_by_length,
         workers=config.num_workers_dataloader,
         collator=collator,
+        layout=layout,
     )
     if not config.run_validation:
         return Loaders(training, None, (*notices, *quick_findings({"train": training}, tokenizer)))
@@ -157,6 +158,7 @@ def build_loaders(config: RunConfig, tokenizer: Any, plugins: Plugins, source: s
         batch_rows=config.val_batch_size,
         workers=config.num_workers_dataloader,
         collator=collator,
+        layout=layout,
     )
     found = quick_findings({"train": training, "validation": validation}, tokenizer)
     return Loaders(training, validation, (*notices, *more, *found))
@@ -197,7 +199,7 @@ def prove_no_leak(model: Any, config: RunConfig, loaders: Loaders, precision: Pr
         return ""
     try:
         with out_of_memory_told("leak probe", SMALLER), rows_by_themselves(model):
-            moved = check_no_leak(model, padded_batch([row]), precision)
+            moved = check_no_leak(model, padded_batch([row], loaders.training.layout), precision)
     except (ValueError, TypeError, RuntimeError) as error:
         raise ConfigError(
             f"--batching_strategy packing: this model takes no packed rows ({first_line(error)}); use "

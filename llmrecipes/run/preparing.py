@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from llmrecipes.batch import Sample
 from llmrecipes.config.files import read_config_file
 from llmrecipes.config.schema import GenerationOptions, ModelOptions, PrecisionOptions, RunConfig
 from llmrecipes.config.show import plain, value_of
+from llmrecipes.data.limits import SampleLimits
 from llmrecipes.data.preprocessors import dataset_section
-from llmrecipes.data.samples import SampleLimits, load_samples
+from llmrecipes.data.samples import Reading, load_samples
+from llmrecipes.data.store import SampleStore
+from llmrecipes.environment import cache_folder
 from llmrecipes.errors import ConfigError
 from llmrecipes.generation.decoding import check_prompts
 from llmrecipes.generation.settings import GenerationSettings
@@ -24,6 +26,7 @@ from llmrecipes.models.loading import load_tokenizer, model_config, model_limits
 from llmrecipes.plugins import Plugin
 from llmrecipes.precision import Precision, resolve_precision
 from llmrecipes.prompt_contract import PromptContract, load_contract
+from llmrecipes.reports.progress import reading
 
 
 def set_seeds(seed: int) -> None:
@@ -72,9 +75,25 @@ def answering_tokenizer(config: Any, source: str) -> Any:
 
 def load_split(
     config: Any, tokenizer: Any, preprocessor: Plugin, split: str, source: str
-) -> tuple[list[Sample], list[str]]:
-    """Returns a split's checked samples and notices, within the limits of the config and the model."""
-    return load_samples(preprocessor, dataset_section(config), tokenizer, split, sample_limits(config, source))
+) -> tuple[SampleStore, list[str]]:
+    """Returns a split's checked samples and notices, within the limits of the config and the model.
+
+    The seeds are set first: rows that a plug-in draws are the same whatever was read, or found in the cache, before.
+    """
+    set_seeds(config.seed)
+    limits = sample_limits(config, source)
+    with reading(f"reading {split}") as progress:
+        how = Reading(data_cache_folder(config.data_cache), config.seed, progress)
+        found = load_samples(preprocessor, dataset_section(config), tokenizer, split, limits, how)
+    set_seeds(config.seed)
+    return found
+
+
+def data_cache_folder(data_cache: str) -> Path | None:
+    """Returns where tokenized splits are kept, None for nowhere."""
+    if data_cache == "off":
+        return None
+    return cache_folder() / "data" if data_cache == "auto" else local_path(data_cache)
 
 
 def sample_limits(config: Any, source: str) -> SampleLimits:

@@ -39,13 +39,14 @@ def prediction_targets(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
 def model_inputs(model: Any, batch: Batch, precision: Precision) -> dict[str, Any]:
     """Returns the arguments of a forward, with what keeps a packed batch's documents apart.
 
-    Positions restart with each document. Where the model attends by document it is given the groups; else a mask
-    [rows, 1, tokens, tokens], 0 where a token may look and the type's smallest number elsewhere (a boolean mask would
-    be added as 0 and 1 by the eager path). A batch that is not packed needs neither: causal attention never looks at
-    the padding behind.
+    Positions restart with each document. Where the model attends by document it is given their layout. A model with
+    windows of its own (Mistral, Gemma) makes its masks itself, by the positions: a mask of ours would undo the windows.
+    Any other gets a mask [rows, 1, tokens, tokens], 0 where a token may look and the type's smallest number elsewhere
+    (a boolean mask would be added as 0 and 1 by the eager path). A batch that is not packed needs nothing: causal
+    attention never looks at the padding behind.
     """
     inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
-    if batch.groups is None:
+    if batch.layout is None:
         return inputs
     documents = batch.documents
     index = torch.arange(documents.shape[1], device=documents.device)
@@ -53,8 +54,17 @@ def model_inputs(model: Any, batch: Batch, precision: Precision) -> dict[str, An
     inputs["position_ids"] = index - torch.where(starts, index, 0).cummax(dim=1).values
     if model.config._attn_implementation == BY_DOCUMENT:
         # Four dimensions are transformers' sign that the mask is final: it builds none, and none is looked at.
-        return {**inputs, "attention_mask": documents[:, None, None], "groups": batch.groups}
+        return {**inputs, "attention_mask": documents[:, None, None], "layout": batch.layout}
+    if has_windows(model):
+        return inputs
     allowed = (documents[:, :, None] == documents[:, None, :]) & (index[:, None] >= index[None, :])
     mask = torch.zeros(allowed.shape, dtype=precision.compute, device=documents.device)
     mask.masked_fill_(~allowed, torch.finfo(precision.compute).min)
     return {**inputs, "attention_mask": mask[:, None]}
+
+
+def has_windows(model: Any) -> bool:
+    """Returns whether some layer of a model looks at a window, not at all tokens before."""
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or ()
+    return bool(getattr(config, "sliding_window", None)) or any("full" not in kind for kind in kinds)

@@ -75,7 +75,14 @@ def test_undotted_names_find_their_section() -> None:
     assert (config.lora_config.lora_alpha, config.lora_config.r) == (16, 4)
     assert config.lora_config.target_modules == ["q_proj", "k_proj"]
     assert config.fsdp_config.pure_bf16
-    assert "say which" in problems(data_path="x")[0]
+    assert "say which" in problems(task_type="CAUSAL_LM")[0]
+
+
+def test_an_undotted_name_of_a_data_set_is_the_chosen_ones() -> None:
+    config = load(data_path="x", dataset="alpaca_dataset", skip_bad_rows="3")
+    assert (config.alpaca_dataset.data_path, config.alpaca_dataset.skip_bad_rows) == ("x", 3)
+    assert config.samsum_dataset.data_path == "" and config.samsum_dataset.skip_bad_rows == 0
+    assert load(data_path="y").samsum_dataset.data_path == "y"
 
 
 INEFFECTIVE: list[tuple[dict[str, Any], str]] = [

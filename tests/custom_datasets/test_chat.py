@@ -11,6 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from llmrecipes.data.rows import BadRows, noted_in
 from llmrecipes.errors import ConfigError, DataError
 from llmrecipes.prompts import IGNORED_LABEL
 
@@ -47,7 +48,7 @@ def config(data_path: Path | str, **changes: Any) -> SimpleNamespace:
 
 
 def preprocessed(tokenizer: Any, data_path: Path | str, split: str = "train", **changes: Any) -> Samples:
-    return CHAT.get_preprocessed_chat(config(data_path, **changes), tokenizer, split)
+    return list(CHAT.get_preprocessed_chat(config(data_path, **changes), tokenizer, split))
 
 
 def said(tokenizer: Any, samples: Samples) -> list[str]:
@@ -89,14 +90,14 @@ def test_llama_2_gives_guanaco_s_own_ids(byte_tokenizer: Any, tmp_path: Path) ->
     theirs = save(tmp_path / "guanaco.jsonl", [{"text": chat} for chat in text])
     messages = [{"messages": [turn for q, a in chat for turn in pair(q, a)["messages"]]} for chat in chats]
     ours = save(tmp_path / "ours.jsonl", messages)
-    expected = GUANACO.get_preprocessed_guanaco(config(theirs), byte_tokenizer, "train")
+    expected = list(GUANACO.get_preprocessed_guanaco(config(theirs), byte_tokenizer, "train"))
     assert preprocessed(byte_tokenizer, ours) == expected
 
 
 def test_alpaca_gives_alpaca_s_own_ids(byte_tokenizer: Any, tmp_path: Path) -> None:
     rows = [{"instruction": f"Do {n}", "input": "x" * (n % 2), "output": f"{n}."} for n in range(202)]
     path = save(tmp_path / "alpaca.jsonl", rows)
-    expected = ALPACA.get_preprocessed_alpaca(config(path), byte_tokenizer, "train")
+    expected = list(ALPACA.get_preprocessed_alpaca(config(path), byte_tokenizer, "train"))
     assert preprocessed(byte_tokenizer, path, template="alpaca")[200:] == expected
 
 
@@ -125,23 +126,20 @@ def test_what_has_no_answer_is_left_out_and_counted(
         preprocessed(byte_tokenizer, save(tmp_path / "c.jsonl", rows[2:3]))
 
 
-def test_bad_rows_stop_the_run_unless_so_many_may_be_left_out(
-    byte_tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_bad_rows_stop_the_run_unless_so_many_may_be_left_out(byte_tokenizer: Any, tmp_path: Path) -> None:
     late_system = {
         "messages": [*pair("a", "b")["messages"], {"role": "system", "content": "s"}, *pair("a", "b")["messages"]]
     }
     path = save(tmp_path / "a.jsonl", [*numbered(2), pair("", "x"), late_system, pair("c", "d")])
+    with path.open("a") as file:
+        file.write('{"messages": [}\n')
     with pytest.raises(DataError, match=rf"^{re.escape(str(path))}:3: turn 1 \(user\) is blank$"):
         preprocessed(byte_tokenizer, path)
-    with pytest.raises(DataError, match=rf"^{re.escape(str(path))}:3: .* \(and 1 more such rows\)$"):
-        preprocessed(byte_tokenizer, path, skip_bad_rows=1)
-    assert len(preprocessed(byte_tokenizer, path, skip_bad_rows=2)) == 3
-    assert f"left out 2 bad rows: {path}:3: turn 1 (user) is blank; {path}:4: a system turn behind" in caplog.text
-    broken = tmp_path / "b.jsonl"
-    broken.write_text('{"messages": []}\n{"messages": [}\n')
-    with pytest.raises(DataError, match="b.jsonl:2:15: Expecting value"):
-        preprocessed(byte_tokenizer, broken, skip_bad_rows=9)
+    with noted_in(BadRows(allowed=3)) as bad:
+        assert len(preprocessed(byte_tokenizer, path)) == 3
+    places = (f"{path}:3: turn 1 (user) is blank", f"{path}:6:15: Expecting value", f"{path}:4: a system turn behind")
+    assert len(bad.faults) == 3
+    assert all(fault.startswith(place) for fault, place in zip(bad.faults, places, strict=True))
 
 
 # --- held out ---------------------------------------------------------------------------------------------------------

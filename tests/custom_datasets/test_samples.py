@@ -103,7 +103,7 @@ def load_module(name: str) -> Any:
 
 def preprocessed(name: str, tokenizer: Any, split: str, data_path: Path | str = "", **more: str) -> Samples:
     config = SimpleNamespace(dataset=f"{name}_dataset", data_path=str(data_path), train_split="train", **more)
-    return getattr(load_module(name), f"get_preprocessed_{name}")(config, tokenizer, split)
+    return list(getattr(load_module(name), f"get_preprocessed_{name}")(config, tokenizer, split))
 
 
 def save_lines(path: Path, rows: list[dict[str, str]]) -> None:
@@ -258,7 +258,7 @@ def test_alpaca_undivided_is_divided_without_a_shared_question(tokenizer: Any, t
 def test_alpaca_refuses_a_set_too_small_to_divide_and_a_split_it_has_not(tokenizer: Any, tmp_path: Path) -> None:
     path = tmp_path / "alpaca_data.json"
     path.write_text(json.dumps(alpaca_rows(200)))
-    with pytest.raises(DataError, match="the first 200 are held out: none is left"):
+    with pytest.raises(DataError, match="the first 200 rows are held out, and none is left to train on"):
         preprocessed("alpaca", tokenizer, "train", path)
     with pytest.raises(DataError, match="alpaca has no split 'test'"):
         preprocessed("alpaca", tokenizer, "test", path)

@@ -79,19 +79,6 @@ def zero_masked(row: Row) -> Row:
     return with_list(row, "labels", lambda ids: [0 if label == -100 else label for label in ids])
 
 
-class Endless:
-    """Rows by index and one by one, of a number that it does not tell."""
-
-    def __init__(self, tokenizer: Any, split: str) -> None:
-        self.rows = good_rows(tokenizer, split)
-
-    def __getitem__(self, index: int) -> Row:
-        return self.rows[index]
-
-    def __iter__(self) -> Iterator[Row]:
-        return iter(self.rows)
-
-
 def counted(tokenizer: Any, split: str) -> list[Row]:
     return good_rows(tokenizer, f"{split}{next(COUNTER)}")
 
@@ -130,18 +117,16 @@ BROKEN: list[tuple[str, Callable[[Any, Any, str], Any], str]] = [
     (contract.RETURNS, whole(lambda tokenizer, split: None), "NoneType|None"),
     (contract.RETURNS, whole(lambda tokenizer, split: {"input_ids": [[1]], "labels": [[1]]}), "dict"),
     (contract.RETURNS, whole(lambda tokenizer, split: []), "no rows"),
-    (contract.SEQUENCE, whole(lambda tokenizer, split: iter(good_rows(tokenizer, split))), "return a list"),
-    (contract.SEQUENCE, whole(lambda tokenizer, split: {1: good_rows(tokenizer, split)[0]}.values()), "return"),
-    (contract.SEQUENCE, whole(Endless), "has no length"),
-    (contract.KEYS, changed(lambda row: list(row)), "row 2: it is list"),
+    (contract.LASTING, whole(lambda tokenizer, split: iter(good_rows(tokenizer, split))), "return a list"),
+    (contract.KEYS, changed(lambda row: list(row)), "row 2: expected a mapping with input_ids and labels, got list"),
     (contract.KEYS, changed(lambda row: {"input_ids": row["input_ids"]}), "no labels, only input_ids"),
-    (contract.NUMBERS, listed("labels", lambda ids: [str(i) for i in ids]), "labels is list"),
+    (contract.NUMBERS, listed("labels", lambda ids: [str(i) for i in ids]), "labels must be a flat list"),
     (contract.NUMBERS, listed("input_ids", lambda ids: [float(i) for i in ids]), "float64"),
     (contract.NUMBERS, listed("input_ids", lambda ids: [ids, ids]), r"\[2, "),
     (contract.LENGTHS, listed("labels", lambda ids: ids[:-1]), "labels for"),
     (contract.LENGTHS, listed("attention_mask", lambda ids: [*ids, 1]), "attention_mask for"),
     (contract.LENGTHS, changed(lambda row: {"input_ids": [], "labels": []}), "no tokens"),
-    (contract.MASK, listed("attention_mask", lambda ids: [1, 0, *ids[2:]]), "zeros in between"),
+    (contract.MASK, listed("attention_mask", lambda ids: [1, 0, *ids[2:]]), "0 for padding at the ends only"),
     (contract.VOCABULARY, changed(lambda row: with_second(row, 260)), "id 260"),
     (contract.VOCABULARY, changed(lambda row: with_second(row, 2**40)), "no token has"),
     (contract.LABELS, changed(zero_masked), "-100 is"),
@@ -180,6 +165,20 @@ def test_a_broken_promise_is_told_alone(promise: str, function: Any, said: str, 
     assert "\n" not in found[promise].detail
     others = {check.promise for check in found.values() if check.outcome in (FAIL, NOTE)} - {promise}
     assert others == set()
+
+
+class Endless:
+    """Rows that can be gone through again and again, of a number that they do not tell."""
+
+    def __init__(self, tokenizer: Any, split: str) -> None:
+        self.rows = good_rows(tokenizer, split)
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+
+def test_rows_need_no_length(byte_tokenizer: Any) -> None:
+    assert {check.outcome for check in checks(whole(Endless), byte_tokenizer).values()} == {PASS}
 
 
 @pytest.mark.parametrize(

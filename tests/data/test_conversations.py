@@ -8,14 +8,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from llmrecipes.data.conversations import (
-    BadRows,
     Conversation,
     encode_conversations,
     layout_of,
     marks_pattern,
     read_conversation,
 )
-from llmrecipes.data.files import Row
+from llmrecipes.data.rows import BadRows, Row, noted_in
 from llmrecipes.data.templates import template_of
 from llmrecipes.data.turns import Turn, learned
 from llmrecipes.errors import DataError
@@ -183,9 +182,7 @@ def test_the_question_is_all_up_to_the_last_answer_whatever_case_and_blanks() ->
 def test_plain_text_is_supervised_to_its_end_token_whatever_train_on_says(byte_tokenizer: Any) -> None:
     conversation = Conversation((Turn("text", " Once</s><turn>", supervised=True),), "a.jsonl:1")
     for train_on in ("assistant", "last", "all"):
-        bad = BadRows(allowed=0)
-        (sample,) = encode_conversations(byte_tokenizer, template_of("llama2"), [conversation], train_on, bad)
-        bad.check()
+        (sample,) = encode_conversations(byte_tokenizer, template_of("llama2"), [conversation], train_on)
         assert byte_tokenizer.decode(sample["input_ids"]) == "<s> Once</s><turn></s>"
         assert sample["labels"] == [IGNORED_LABEL, *sample["input_ids"][1:]]
         assert [token for token in sample["input_ids"] if token < 4] == [1, 2]
@@ -205,40 +202,21 @@ def test_a_tokenizer_that_lets_text_become_control_is_caught(byte_tokenizer: Any
             return byte_tokenizer(text, **{**more, "split_special_tokens": False})
 
     chats = [Conversation((Turn("user", text), ASSISTANT), f"a.jsonl:{n}") for n, text in enumerate(("a", "a</s>b"))]
-    bad = BadRows(allowed=0)
-    assert len(encode_conversations(Careless(), template_of("llama2"), chats, "assistant", bad)) == 1
     with pytest.raises(DataError, match="^a.jsonl:1: its text turns into a control token"):
-        bad.check()
+        encode_conversations(Careless(), template_of("llama2"), chats, "assistant")
+    with noted_in(BadRows(allowed=1)) as bad:
+        assert len(encode_conversations(Careless(), template_of("llama2"), chats, "assistant")) == 1
+    assert len(bad.faults) == 1
 
 
 def test_a_word_that_the_vocabulary_lacks_is_no_control_token() -> None:
     core = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "Which?": 2}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     words = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="</s>")
-    bad = BadRows(allowed=0)
     (sample,) = encode_conversations(
-        words, template_of("plain"), [Conversation((USER, ASSISTANT), "a.jsonl:1")], "assistant", bad
+        words, template_of("plain"), [Conversation((USER, ASSISTANT), "a.jsonl:1")], "assistant"
     )
-    bad.check()
     assert sample == {"input_ids": [2, 0, 1], "labels": [IGNORED_LABEL, 0, 1], "attention_mask": [1, 1, 1]}
-
-
-# --- bad rows ---------------------------------------------------------------------------------------------------------
-
-
-def test_bad_rows_are_counted_and_refused_beyond_what_is_allowed() -> None:
-    bad = BadRows(allowed=1)
-    with bad.at("a.jsonl:3"):
-        raise DataError("turn 1 (user) is blank")
-    bad.check()
-    assert bad.notice == "left out 1 bad rows: a.jsonl:3: turn 1 (user) is blank"
-    with bad.at("a.jsonl:5"):
-        raise DataError("other")
-    with pytest.raises(DataError, match=r"^a.jsonl:3: turn 1 \(user\) is blank \(and 1 more such rows\)$"):
-        bad.check()
-    many = BadRows(allowed=9, faults=[f"a.jsonl:{n}: x" for n in range(7)])
-    assert str(many.notice).endswith("a.jsonl:4: x; and 2 more")
-    assert BadRows(allowed=0).notice is None
 
 
 def test_what_turns_spell_out_is_found(byte_tokenizer: Any) -> None:

@@ -1,5 +1,6 @@
 """Laws of windows and batches: every sample stands whole in one place, once an epoch, whoever builds the tensors."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -16,8 +17,9 @@ from hypothesis import strategies as st
 from torch.utils.data import get_worker_info
 from transformers import DataCollatorForSeq2Seq
 
-from llmrecipes.batch import Batch, Sample, Window
+from llmrecipes.batch import Batch, DocumentSpans, Sample, Window, document_spans
 from llmrecipes.data.loaders import Loader, collated_batch, padded_batch
+from llmrecipes.data.store import store_of
 from llmrecipes.errors import PluginError
 
 Samples = Callable[..., list[Sample]]
@@ -55,7 +57,7 @@ def same(one: list[Window], other: list[Window]) -> bool:
         torch.equal(a.input_ids, b.input_ids)
         and torch.equal(a.labels, b.labels)
         and torch.equal(a.documents, b.documents)
-        and (a.groups is None) == (b.groups is None)
+        and (a.layout is None) == (b.layout is None)
         and (a.sample_rows, a.supervised_tokens, a.useful_tokens)
         == (b.sample_rows, b.supervised_tokens, b.useful_tokens)
         for a, b in pairs
@@ -108,18 +110,80 @@ def test_padding_stands_behind_and_is_as_little_as_it_can_be(rows: list[list[Sam
 @settings(deadline=None)
 def test_groups_hold_every_token_of_every_document_in_order(rows: list[list[Sample]]) -> None:
     batch = padded_batch(rows)
-    if batch.groups is None:
+    if batch.layout is None:
         assert all(len(row) == 1 for row in rows)
         return
-    gathered = torch.cat([places.flatten() for places in batch.groups.gather])
+    gathered = torch.cat([places.flatten() for places in batch.layout.gather])
     useful = (batch.documents > 0).flatten()
     places = torch.arange(useful.numel())
-    assert torch.equal(gathered[batch.groups.scatter][useful], places[useful])
+    assert torch.equal(gathered[batch.layout.scatter][useful], places[useful])
     ids, documents = batch.input_ids.flatten(), batch.documents.flatten()
-    held = [tuple(ids[line].tolist()) for group in batch.groups.gather for line in group]
+    held = [tuple(ids[line].tolist()) for group in batch.layout.gather for line in group]
     assert len(held) == sum(len(row) for row in rows)
-    for group in batch.groups.gather:
+    for group in batch.layout.gather:
         assert ((documents[group] == documents[group][:, :1]) & (documents[group] > 0)).all()
+
+
+@given(drawn_rows())
+@settings(deadline=None)
+def test_spans_cover_every_token_once_and_none_is_longer_than_they_say(rows: list[list[Sample]]) -> None:
+    batch = padded_batch(rows, document_spans, (len(rows) + 1, 300))
+    spans = batch.layout
+    if spans is None:
+        assert all(len(row) == 1 for row in rows)
+        return
+    assert isinstance(spans, DocumentSpans) and spans.offsets.dtype == torch.int32
+    offsets = spans.offsets.tolist()
+    assert offsets == sorted(offsets) and offsets[0] == 0 and offsets[-1] == batch.documents.numel()
+    assert max(end - start for start, end in itertools.pairwise(offsets)) <= spans.longest
+    documents = batch.documents.flatten().tolist()
+    held = [documents[start:end] for start, end in itertools.pairwise(offsets) if end > start]
+    assert all(len(set(document)) == 1 for document in held)
+    assert sum(document[0] > 0 for document in held) == sum(len(row) for row in rows)
+    assert (len(offsets) - 1).bit_count() == 1 and (spans.longest.bit_count() == 1 or spans.longest == 300)
+
+
+@pytest.mark.parametrize("strategy", ["packing", "padding"])
+def test_fixed_shapes_are_one_shape_and_nothing_but_padding_more(strategy: str, random_samples: Samples) -> None:
+    settings: dict[str, Any] = {"strategy": strategy, "row_tokens": 64, "batch_rows": 3, "seed": 1}
+    samples = random_samples(20)
+    plain = [batch for window in Loader(samples, **settings).windows(0) for batch in window]
+    fixed = [batch for window in Loader(samples, **settings, fixed_shapes=True).windows(0) for batch in window]
+    assert {tuple(batch.input_ids.shape) for batch in fixed} == {(3, 64)}
+    assert [contents(batch) for batch in fixed] == [contents(batch) for batch in plain]
+    assert [batch.sample_rows for batch in fixed] == [batch.sample_rows for batch in plain]
+
+
+def test_one_shape_of_spans_serves_a_whole_epoch_of_samsum_like_lengths() -> None:
+    lengths = np.random.default_rng(0).lognormal(5.0, 0.5, 3000).astype(int).clip(10, 900)
+    nothing = np.zeros(1, dtype=np.int32)
+    samples = [Sample(*[np.broadcast_to(nothing, (length,))] * 2, row) for row, length in enumerate(lengths.tolist())]
+    loader = Loader(samples, "packing", 4096, 2, seed=0, layout=document_spans, fixed_shapes=True)
+    layouts = [batch.layout for window in loader.windows(0) for batch in window]
+    shapes = {(len(spans.offsets), spans.longest) for spans in layouts if isinstance(spans, DocumentSpans)}
+    assert len(layouts) > 30 and len(shapes) == 1
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_train_on_disjoint_halves_of_the_same_windows(ranks: int, random_samples: Samples) -> None:
+    samples = random_samples(53)
+    settings: dict[str, Any] = {"strategy": "packing", "row_tokens": 64, "batch_rows": 2, "seed": 1}
+    together = Loader(samples, **settings, window_batches=2 * ranks)
+    parts = [Loader(samples, **settings, window_batches=2, rank=rank, ranks=ranks) for rank in range(ranks)]
+    for whole, *shares in zip(together.windows(3), *(part.windows(3) for part in parts), strict=True):
+        rows = [row for batch in whole for row in batch.sample_rows]
+        assert sorted(row for share in shares for batch in share for row in batch.sample_rows) == sorted(rows)
+        tokens = [sum(batch.useful_tokens for batch in share) for share in shares]
+        assert sum(tokens) == sum(batch.useful_tokens for batch in whole)
+        assert max(tokens) - min(tokens) <= 64
+
+
+def test_a_store_is_batched_as_the_samples_in_it(random_samples: Samples) -> None:
+    samples = random_samples(23)
+    for layout in LAYOUTS.values():
+        plain, stored = Loader(samples, **layout), Loader(store_of(samples), **layout)
+        assert same(list(plain.windows(1)), list(stored.windows(1)))
+        assert (plain.lengths, plain.supervised_tokens) == (stored.lengths, stored.supervised_tokens)
 
 
 def test_a_batch_on_another_device_is_the_same_batch() -> None:

@@ -1,6 +1,5 @@
 """Sources are drawn by weight and parts held out by seed: the same every time, and no row is lost or leaks."""
 
-from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmrecipes.data.mixing import Source, drawn, held_out, sources_of
+from llmrecipes.data.mixing import HoldOut, Source, draw_counts, sources_of
 from llmrecipes.errors import ConfigError, DataError
 
 
@@ -65,27 +64,25 @@ def test_as_many_are_drawn_as_there_are_in_the_shares_asked_for(
     sizes: list[int], weights: list[float], seed: int
 ) -> None:
     weights = weights[: len(sizes)]
-    draws = drawn(sizes, weights, seed)
-    assert draws == drawn(sizes, weights, seed)
-    assert sum(map(len, draws)) == sum(sizes)
-    for size, weight, draw in zip(sizes, weights, draws, strict=True):
-        assert abs(len(draw) - sum(sizes) * weight / sum(weights)) < 1
-        counts = Counter(draw)
-        assert set(counts) <= set(range(size))
-        times = [counts[row] for row in range(size)]
-        assert max(times) - min(times) <= 1
+    draws = draw_counts(sizes, weights, seed)
+    assert draws == draw_counts(sizes, weights, seed)
+    assert sum(map(sum, draws)) == sum(sizes)
+    for size, weight, counts in zip(sizes, weights, draws, strict=True):
+        assert len(counts) == size
+        assert abs(sum(counts) - sum(sizes) * weight / sum(weights)) < 1
+        assert max(counts) - min(counts) <= 1
 
 
 def test_another_seed_draws_other_rows_and_no_two_sources_draw_alike() -> None:
-    first, second, _ = drawn([1000, 1000, 500], [1, 1, 3], seed=1)
-    assert len(first) == len(second) == 500
-    assert drawn([1000, 1000, 500], [1, 1, 3], seed=2)[0] != first != second
+    first, second, _ = draw_counts([1000, 1000, 500], [1, 1, 3], seed=1)
+    assert sum(first) == sum(second) == 500
+    assert draw_counts([1000, 1000, 500], [1, 1, 3], seed=2)[0] != first != second
 
 
 def test_a_source_of_which_nothing_would_be_drawn_is_refused() -> None:
     for sizes, weights in (([10, 10], [1, 0.001]), ([10, 0], [1, 0.001])):
         with pytest.raises(DataError, match="source 2 is too small or weighs too little"):
-            drawn(sizes, weights, seed=0)
+            draw_counts(sizes, weights, seed=0)
 
 
 @settings(max_examples=60, deadline=None)
@@ -94,31 +91,41 @@ def test_what_is_held_out_is_asked_nowhere_in_train(keys: list[str], seed: int, 
     wanted = data.draw(st.integers(1, len(set(keys))))
     if wanted == len(set(keys)):
         with pytest.raises(DataError, match="none would be left to train on"):
-            held_out(keys, wanted, seed)
+            HoldOut.of([keys], wanted, seed)
         return
-    held, train = held_out(keys, wanted, seed)
+    cut = data.draw(st.integers(0, len(keys)))
+    sources = [keys[:cut], keys[cut:]]
+    hold_out = HoldOut.of(sources, wanted, seed)
+    places = [(source, number, key) for source, part in enumerate(sources) for number, key in enumerate(part)]
+    held = [place for place, (source, number, key) in enumerate(places) if hold_out.has(key, source, number)]
+    train = [place for place, key in enumerate(keys) if not hold_out.asks(key)]
     assert len(held) == len({keys[row] for row in held}) == wanted
     assert not {keys[row] for row in held} & {keys[row] for row in train}
     assert {keys[row] for row in held} | {keys[row] for row in train} == set(keys)
-    assert train == [row for row in range(len(keys)) if keys[row] not in {keys[place] for place in held}]
+    assert hold_out.twins == len(keys) - len(held) - len(train)
     assert all(row == keys.index(keys[row]) for row in held)
+
+
+def held_keys(keys: list[str], seed: int) -> set[str]:
+    hold_out = HoldOut.of([keys], 100, seed)
+    return {key for number, key in enumerate(keys) if hold_out.has(key, 0, number)}
 
 
 def test_the_held_out_depend_on_the_seed_and_hardly_on_other_rows() -> None:
     keys = [str(number) for number in range(1000)]
-    held = {keys[row] for row in held_out(keys, 100, 1)[0]}
-    assert held == {keys[::-1][row] for row in held_out(keys[::-1], 100, 1)[0]}
-    assert len(held & {keys[row] for row in held_out(keys, 100, 2)[0]}) < 30
+    held = held_keys(keys, 1)
+    assert held == held_keys(keys[::-1], 1)
+    assert len(held & held_keys(keys, 2)) < 30
     more = [*keys, *(f"new {number}" for number in range(50))]
-    assert len(held & {more[row] for row in held_out(more, 100, 1)[0]}) > 85
+    assert len(held & held_keys(more, 1)) > 85
 
 
 def test_a_file_is_its_train_split_and_a_folder_has_a_file_for_each(tmp_path: Path) -> None:
     config = SimpleNamespace(train_split="train", test_split="validation")
     (tmp_path / "train.jsonl").write_text('{"text": "a"}\n')
     (tmp_path / "validation.csv").write_text("text\nb\n")
-    assert Source(str(tmp_path / "train.jsonl")).rows(config, "train") == [{"text": "a"}]
-    assert Source(str(tmp_path)).rows(config, "validation") == [{"text": "b"}]
+    assert list(Source(str(tmp_path / "train.jsonl")).rows(config, "train")) == [{"text": "a"}]
+    assert list(Source(str(tmp_path)).rows(config, "validation")) == [{"text": "b"}]
     with pytest.raises(DataError, match="is one file and holds 'train' only.*--chat_dataset.validation_rows 100"):
         Source(str(tmp_path / "train.jsonl")).rows(config, "validation")
 
@@ -128,7 +135,7 @@ def test_a_hub_name_is_read_from_the_hub(tmp_path: Path, monkeypatch: pytest.Mon
 
     config = SimpleNamespace(train_split="train", test_split="validation")
     (tmp_path / "train.csv").write_text("text\na\n")  # `datasets` reads a folder by the same call
-    assert Source(f"hub:{tmp_path}").rows(config, "train") == [{"text": "a"}]
+    assert list(Source(f"hub:{tmp_path}").rows(config, "train")) == [{"text": "a"}]
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(DataError, match="^hub data set someone/chats, split train: .*--chat_dataset.data_path FOLDER"):
         Source("hub:someone/chats").rows(config, "train")

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmrecipes.data import packing
-from llmrecipes.data.packing import PACKING_WINDOW, chunks, length_grouped, packed_rows, sample_order
+from llmrecipes.data.packing import PACKING_WINDOW, chunks, length_grouped, packed_rows, rank_shares, sample_order
 
 SAMSUM = Path(__file__).parents[3] / "shared" / "data" / "samsum" / "train.json"
 
@@ -171,6 +171,21 @@ def test_groups_are_shuffled_and_change_with_the_epoch() -> None:
     longest = [max(lengths[index] for index in batch) for batch in chunks(grouped[0], 4)]
     assert longest != sorted(longest) and longest != sorted(longest, reverse=True)
     assert grouped[0] != grouped[1]
+
+
+# --- several ranks ----------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(1, ROW_TOKENS), max_size=60), st.integers(1, 8))
+def test_ranks_share_a_window_without_gap_or_overlap_and_about_evenly(tokens: list[int], ranks: int) -> None:
+    rows = [[number] for number in range(len(tokens))]
+    shares = rank_shares(rows, tokens, ranks)
+    assert sorted(row for share in shares for row in share) == rows
+    assert all(share == sorted(share) for share in shares)  # in the order of the window
+    counts = [len(share) for share in shares]
+    assert max(counts) - min(counts) <= 1
+    sums = [sum(tokens[row[0]] for row in share) for share in shares]
+    assert max(sums) - min(sums) <= max(tokens, default=0)
 
 
 # --- chunks -----------------------------------------------------------------------------------------------------------

@@ -14,7 +14,10 @@ from hypothesis import strategies as st
 from transformers import BatchEncoding
 
 from llmrecipes.batch import Sample
-from llmrecipes.data.samples import SampleLimits, load_samples, named
+from llmrecipes.data.limits import SampleLimits
+from llmrecipes.data.made_rows import named
+from llmrecipes.data.samples import load_samples
+from llmrecipes.data.store import SampleStore
 from llmrecipes.errors import DataError, LlmRecipesError, PluginError
 from llmrecipes.plugins import Plugin
 
@@ -25,10 +28,10 @@ ROW = {"input_ids": IDS, "labels": LABELS}
 
 
 def samples(made: Any, limits: SampleLimits = LIMITS) -> list[Sample]:
-    return load(made, limits)[0]
+    return list(load(made, limits)[0])
 
 
-def load(made: Any, limits: SampleLimits = LIMITS) -> tuple[list[Sample], list[str]]:
+def load(made: Any, limits: SampleLimits = LIMITS) -> tuple[SampleStore, list[str]]:
     plugin = Plugin(Path("/somewhere/mine.py"), "rows", lambda config, tokenizer, split: made)
     return load_samples(plugin, None, None, "train", limits)
 

@@ -61,24 +61,24 @@ def test_long_documents_in_bfloat16_are_right_too(tiny_model: Build, random_samp
 
 
 def test_the_result_has_the_inputs_type_and_shape(random_samples: Samples) -> None:
-    groups = packed(random_samples(8)).groups
+    groups = packed(random_samples(8)).layout
     assert groups is not None
     tokens = len(groups.scatter) // 3
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         query, key = (torch.randn(3, heads, tokens, 8, dtype=dtype) for heads in (4, 2))
-        attended, weights = document_attention(torch.nn.Module(), query, key, key, None, groups=groups)
+        attended, weights = document_attention(torch.nn.Module(), query, key, key, None, layout=groups)
         assert attended.shape == (3, tokens, 4, 8) and attended.dtype == dtype and weights is None
         assert attended.isfinite().all()
 
 
 def test_the_scale_is_the_models_own(random_samples: Samples) -> None:
-    groups = packed(random_samples(8)).groups
+    groups = packed(random_samples(8)).layout
     assert groups is not None
     states = torch.randn(3, 2, len(groups.scatter) // 3, 8)
     module = torch.nn.Module()
-    usual, _ = document_attention(module, states, states, states, None, groups=groups)
-    named, _ = document_attention(module, states, states, states, None, groups=groups, scaling=8**-0.5)
-    other, _ = document_attention(module, states, states, states, None, groups=groups, scaling=1.0)
+    usual, _ = document_attention(module, states, states, states, None, layout=groups)
+    named, _ = document_attention(module, states, states, states, None, layout=groups, scaling=8**-0.5)
+    other, _ = document_attention(module, states, states, states, None, layout=groups, scaling=1.0)
     assert torch.allclose(usual, named) and not torch.allclose(usual, other)
 
 

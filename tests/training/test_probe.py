@@ -39,9 +39,9 @@ def test_a_forgotten_mask_is_found(
     forward = model.forward
 
     def careless(**inputs: Any) -> Any:
-        inputs.pop("attention_mask")
+        inputs.pop("attention_mask", None)
         if forgotten == "position_ids":
-            inputs.pop("position_ids")
+            inputs.pop("position_ids", None)
         return forward(**inputs, attention_mask=torch.ones_like(inputs["input_ids"]))
 
     monkeypatch.setattr(model, "forward", careless)
