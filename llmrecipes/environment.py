@@ -1,7 +1,11 @@
 """The process's environment variables: the one place where they are read or set."""
 
+import math
 import os
 from pathlib import Path
+
+CGROUPS = Path("/sys/fs/cgroup")
+OWN_CGROUPS = Path("/proc/self/cgroup")
 
 
 def prepare_environment() -> None:
@@ -9,10 +13,44 @@ def prepare_environment() -> None:
 
     Threads that wait for each other sleep instead of spinning: on two cores, one of them taken by another program, a
     training step of the demo model takes 6 to 8 s with this and 57 s without (GNU libgomp, OpenMP 5.0 section 6.7).
+    OpenMP knows the cores that the process may run on, but not how much of them its container may use.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # transformers would otherwise fetch kernels, which are code, from the hub.
     os.environ.setdefault("USE_HUB_KERNELS", "0")
+    quota = cpu_quota()
+    if quota is not None and math.ceil(quota) < len(usable_cores()):
+        os.environ.setdefault("OMP_NUM_THREADS", str(math.ceil(quota)))
+
+
+def usable_cores() -> set[int]:
+    """Returns the cores that the process may run on; empty where the system does not tell."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+
+
+def cpu_quota(cgroups: Path = CGROUPS, own_cgroups: Path = OWN_CGROUPS) -> float | None:
+    """Returns how many cores' worth of time the process's control groups allow (Docker's --cpus), None for all.
+
+    Version 2: cpu.max of the process's group and of each above. Version 1: the container's own group.
+    """
+    try:
+        lines = own_cgroups.read_text().splitlines()
+    except OSError:
+        return None
+    own = next((line.removeprefix("0::").strip("/") for line in lines if line.startswith("0::")), "")
+    folders = [cgroups / own, *(cgroups / own).parents]
+    quotas = [_quota(folder / "cpu.max") for folder in folders if folder.is_relative_to(cgroups)]
+    quotas.append(_quota(cgroups / "cpu/cpu.cfs_quota_us", cgroups / "cpu/cpu.cfs_period_us"))
+    return min((quota for quota in quotas if quota is not None), default=None)
+
+
+def _quota(*files: Path) -> float | None:
+    """Returns microseconds allowed over microseconds of the period, the files' two words; `max` and -1 are no limit."""
+    try:
+        allowed, period = (int(word) for file in files for word in file.read_text().split())
+    except (OSError, ValueError):
+        return None
+    return allowed / period if allowed > 0 and period > 0 else None
 
 
 def cache_folder() -> Path:
