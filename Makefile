@@ -6,7 +6,7 @@ PYTHON ?= $(firstword $(foreach name,python3 python3.14 python3.13 python3.12 py
 	$(shell $(name) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(name))))
 PIP := $(VENV)/bin/python -m pip
 READY := $(VENV)/.installed
-CHECKED := llmrecipes custom_datasets
+CHECKED := llmrecipes custom_datasets benchmarks
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
