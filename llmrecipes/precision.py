@@ -29,7 +29,8 @@ class Precision:
         """Returns the context that a forward runs in."""
         if self.compute == torch.float32 or self.trained == self.compute:
             return nullcontext()
-        return torch.autocast(self.device.type, dtype=self.compute)
+        # The cache of cast weights is one for all threads, and a forward casts each of them once anyway.
+        return torch.autocast(self.device.type, dtype=self.compute, cache_enabled=self.device.type != "cpu")
 
     @property
     def name(self) -> str:

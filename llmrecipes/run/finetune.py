@@ -31,7 +31,7 @@ from llmrecipes.reports.progress import TrainingProgress
 from llmrecipes.reports.summary import Summary, summary_text
 from llmrecipes.reports.trackers import METRICS_FILE, TRACKERS, check_tracker, redacted
 from llmrecipes.run.output import ResultWriter, check_output_dir, claim_output_dir, command_line
-from llmrecipes.run.preparing import load_split, run_precision, set_seeds, storage, storage_flags
+from llmrecipes.run.preparing import load_split, run_lanes, run_precision, set_seeds, storage, storage_flags
 from llmrecipes.run.stopping import EXIT_STOPPED, StopRequest
 from llmrecipes.training.loop import Hooks, TrainPlan, TrainResult, train
 from llmrecipes.training.optimizers import OPTIMIZERS
@@ -68,6 +68,8 @@ class Loaders:
     training: Loader
     validation: Loader | None
     notices: tuple[str, ...]
+    lanes: int
+    """batches of a window that are computed side by side"""
 
 
 def finetune(loaded: Loaded[RunConfig], config_path: str | None) -> int:
@@ -82,12 +84,14 @@ def finetune(loaded: Loaded[RunConfig], config_path: str | None) -> int:
     folder = check_output_dir(config.output_dir, config.overwrite_output_dir, inputs)
     tokenizer = load_tokenizer(config, source)
     set_seeds(config.seed)
-    loaders = build_loaders(config, tokenizer, plugins, source, document_layout(precision))
+    lanes = run_lanes(config, source, precision)
+    loaders = build_loaders(config, tokenizer, plugins, source, document_layout(precision), lanes)
     contract = prompt_contract(tokenizer, loaders.training.samples)
     base = load_model(config, source, precision, dtype=None if config.use_peft else precision.trained)
     kernels = apply_kernels(base, config)
     model = attach_trained(base, config, precision)
     kernels += prove_no_leak(model, config, loaders, precision)
+    kernels += f"; {lanes} batches side by side" if lanes > 1 else ""
     updater = build_updater(model, config, plugins, precision)
     plan = train_plan(config, loaders)
     notices = [*loaded.notices, *loaders.notices]
@@ -130,8 +134,13 @@ def check_packing(config: RunConfig, preprocessor: Plugin, collator: object) -> 
         )
 
 
-def build_loaders(config: RunConfig, tokenizer: Any, plugins: Plugins, source: str, layout: Layout) -> Loaders:
-    """Returns both splits, read and checked; `layout` tells the device where documents are."""
+def build_loaders(
+    config: RunConfig, tokenizer: Any, plugins: Plugins, source: str, layout: Layout, lanes: int = 1
+) -> Loaders:
+    """Returns both splits, read and checked; `layout` tells the device where documents are.
+
+    A batch is cut into `lanes` of a window, which holds the same rows: neither its gradient nor the memory changes.
+    """
     section = dataset_section(config)
     collator = plugins.collator(tokenizer) if plugins.collator else None
     preprocessor = plugins.preprocessor
@@ -140,8 +149,8 @@ def build_loaders(config: RunConfig, tokenizer: Any, plugins: Plugins, source: s
         samples=samples,
         strategy=config.batching_strategy,
         row_tokens=config.context_length,
-        batch_rows=config.batch_size_training,
-        window_batches=config.gradient_accumulation_steps,
+        batch_rows=config.batch_size_training // lanes,
+        window_batches=config.gradient_accumulation_steps * lanes,
         seed=config.seed,
         group_by_length=config.group_by_length,
         workers=config.num_workers_dataloader,
@@ -149,7 +158,7 @@ def build_loaders(config: RunConfig, tokenizer: Any, plugins: Plugins, source: s
         layout=layout,
     )
     if not config.run_validation:
-        return Loaders(training, None, (*notices, *quick_findings({"train": training}, tokenizer)))
+        return Loaders(training, None, (*notices, *quick_findings({"train": training}, tokenizer)), lanes)
     samples, more = load_split(config, tokenizer, preprocessor, section.test_split, source)
     validation = Loader(
         samples=samples,
@@ -161,7 +170,7 @@ def build_loaders(config: RunConfig, tokenizer: Any, plugins: Plugins, source: s
         layout=layout,
     )
     found = quick_findings({"train": training, "validation": validation}, tokenizer)
-    return Loaders(training, validation, (*notices, *more, *found))
+    return Loaders(training, validation, (*notices, *more, *found), lanes)
 
 
 def apply_kernels(model: Any, config: RunConfig) -> str:
@@ -228,6 +237,7 @@ def train_plan(config: RunConfig, loaders: Loaders) -> TrainPlan:
         save_steps=config.save_steps,
         logging_steps=config.logging_steps,
         max_eval_batches=config.max_eval_step,
+        lanes=loaders.lanes,
     )
 
 

@@ -27,6 +27,7 @@ from llmrecipes.plugins import Plugin
 from llmrecipes.precision import Precision, resolve_precision
 from llmrecipes.prompt_contract import PromptContract, load_contract
 from llmrecipes.reports.progress import reading
+from llmrecipes.training.lanes import lane_count
 
 
 def set_seeds(seed: int) -> None:
@@ -57,6 +58,20 @@ def run_precision(config: RunConfig) -> Precision:
     return resolve_precision(
         config.device, config.mixed_precision, config.use_fp16, pure_bf16=config.fsdp_config.pure_bf16
     )
+
+
+def run_lanes(config: RunConfig, source: str, precision: Precision) -> int:
+    """Returns how many batches of a window a fine-tuning computes side by side.
+
+    1 on a GPU, and where threads would change what others read: the generator that dropout draws from, the state of
+    quantized layers. Of a whole model each lane would also hold a gradient.
+    """
+    adapter = config.use_peft and config.peft_method == "lora" and config.lora_config.lora_dropout == 0
+    if precision.device.type != "cpu" or not adapter or config.quantization:
+        return 1
+    described = model_config(config, source).get_text_config().to_dict()
+    drops = any("drop" in key and isinstance(value, float) and value > 0 for key, value in described.items())
+    return 1 if drops else lane_count(config.batch_size_training, torch.get_num_threads())
 
 
 def answering_precision(config: Any) -> Precision:

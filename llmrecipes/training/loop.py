@@ -12,9 +12,10 @@ from typing import Any, Protocol
 
 import torch
 
-from llmrecipes.batch import Window
+from llmrecipes.batch import Batch, Window
 from llmrecipes.errors import DataError
 from llmrecipes.precision import Precision
+from llmrecipes.training.lanes import in_lanes
 from llmrecipes.training.loss import loss_sum
 from llmrecipes.training.schedules import Progress
 from llmrecipes.training.updater import Update, Updater
@@ -43,6 +44,8 @@ class TrainPlan:
     save_steps: int = 0
     logging_steps: int = 1
     max_eval_batches: int = 0
+    lanes: int = 1
+    """batches of a window that are computed side by side, on a CPU"""
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ def train(
         for window in training.windows(epoch):
             started = time.perf_counter()
             progress = Progress(step, plan.steps, plan.warmup_steps, epoch, plan.gamma)
-            metrics = train_step(model, window, updater, progress)
+            metrics = train_step(model, window, updater, progress, plan.lanes)
             step, tokens, last_loss = step + 1, tokens + metrics.useful_tokens, metrics.loss
             if step % plan.logging_steps == 0 or step == plan.steps or metrics.update.skipped:
                 hooks.report(step_record(step, epoch, metrics, time.perf_counter() - started))
@@ -127,7 +130,7 @@ def train(
     return TrainResult(step, tokens, last_loss, best_step, best_loss if best_step else None, stopped)
 
 
-def train_step(model: Any, window: Window, updater: Updater, progress: Progress) -> StepMetrics:
+def train_step(model: Any, window: Window, updater: Updater, progress: Progress, lanes: int = 1) -> StepMetrics:
     """Returns the metrics of one optimizer step: every supervised token of the window weighs the same."""
     supervised_tokens = sum(batch.supervised_tokens for batch in window)
     if supervised_tokens == 0:
@@ -135,10 +138,19 @@ def train_step(model: Any, window: Window, updater: Updater, progress: Progress)
         raise DataError(f"step {progress.step + 1}: no supervised token in rows {rows[:5]}; check get_data_collator")
     total = torch.zeros((), device=updater.precision.device)
     model.train()
-    for batch in window:
-        loss = loss_sum(model, batch.to(updater.precision.device), updater.precision) / supervised_tokens
-        updater.backward(loss)
-        total += loss.detach().float()
+
+    def share(batch: Batch) -> torch.Tensor:
+        return loss_sum(model, batch.to(updater.precision.device), updater.precision) / supervised_tokens
+
+    if lanes == 1:
+        for batch in window:
+            loss = share(batch)
+            updater.backward(loss)
+            total += loss.detach().float()
+    else:  # added in the window's order, so that the same run comes to the same bits
+        for loss, gradients in in_lanes(lambda batch: updater.gradients(share(batch)), window, lanes):
+            updater.add(gradients)
+            total += loss.float()
     update = updater.step(progress)
     return StepMetrics(float(total), supervised_tokens, sum(batch.useful_tokens for batch in window), update)
 

@@ -1,6 +1,7 @@
 """The optimizer step: all the mutable state of a run besides the model and its place in the data."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,10 @@ from llmrecipes.training.schedules import Progress, Schedule, learning_rate_fact
 
 MAX_SKIPPED_STEPS = 3
 """Steps in a row whose gradient is not finite after which a run stops."""
+
+
+Gradients = Sequence[torch.Tensor | None]
+"""One for each parameter that trains, None where it has no part in the loss."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,17 @@ class Updater:
     def backward(self, loss: torch.Tensor) -> None:
         """Adds the gradient of a share of the window's loss."""
         self.scaler.scale(loss).backward()
+
+    def gradients(self, loss: torch.Tensor) -> tuple[torch.Tensor, Gradients]:
+        """Returns the detached loss and its gradient, to `add` later: several threads may do so at once."""
+        gradients = torch.autograd.grad(self.scaler.scale(loss), self.parameters, allow_unused=True)
+        return loss.detach(), gradients
+
+    def add(self, gradients: Gradients) -> None:
+        """Adds the gradient of a share of the window's loss."""
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
     def step(self, progress: Progress) -> Update:
         """Applies the gathered gradient and forgets it; raises `TrainingError` after too many skipped steps."""

@@ -96,6 +96,40 @@ def test_batch_size_and_accumulation_leave_the_whole_curve_equal(
     assert losses(tmp_path / "2")[0] != pytest.approx(losses(tmp_path / "5")[0], rel=1e-5)
 
 
+def test_batches_side_by_side_leave_the_curve_equal_and_are_told(
+    finetune: Command, losses: Losses, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Windows of 8 out of 12 samples: the last one of an epoch is short.
+    flags = {"batch_size_training": 4, "gradient_accumulation_steps": 2, "num_epochs": 3, "lr": 1e-3}
+    told = {}
+    for threads in (1, 2, 4):
+        torch.set_num_threads(threads)
+        try:
+            finetune(tmp_path / str(threads), **flags)
+        finally:
+            torch.set_num_threads(1)
+        told[threads] = " ".join(capsys.readouterr().out.split())
+        assert losses(tmp_path / str(threads)) == pytest.approx(losses(tmp_path / "1"), rel=1e-5)
+    assert "side by side" not in told[1]
+    assert "2 batches side by side" in told[2] and "4 batches side by side" in told[4]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [{"lora_config.lora_dropout": 0.1}, {"use_peft": None, "lora_config.lora_dropout": None}, {"quantization": "8bit"}],
+    ids=["dropout", "full", "quantized"],
+)
+def test_batches_go_one_by_one_where_threads_would_share_what_changes(
+    flags: dict[str, Any], finetune: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.set_num_threads(2)
+    try:
+        finetune(tmp_path / "out", max_train_step=1, **flags)
+    finally:
+        torch.set_num_threads(1)
+    assert "side by side" not in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize("fast", [None, False], ids=["by document", "under a mask"])
 @pytest.mark.parametrize("method", ["lora", "llama_adapter"])
 def test_a_packed_epoch_is_the_padded_one(
