@@ -7,8 +7,8 @@
 The plain loop is what one would write first: shuffled batches of as many samples, padded to the longest, logits of
 every position, `model(..., labels=...).loss`, AdamW. Both sides learn the same samples with the same LoRA and the same
 optimizer. Each side is a process of its own, and only one runs at a time; they take turns, so that what else the
-machine does slows all of them. The first step of every turn is left out. Ratios are of CPU time as well as of time on
-the clock: where other programs take a share of the cores, CPU time tells more.
+machine does slows all of them; but measure on a quiet one, the plain loop's threads take it ill when another program
+has a core. The first step of every turn is left out. Ratios are of time on the clock and of CPU time.
 """
 
 import itertools
@@ -39,7 +39,7 @@ from llmrecipes.models.adapters import attach_trained
 from llmrecipes.models.loading import load_model, load_tokenizer, resolve_model
 from llmrecipes.reports.memory import peak_memory_bytes
 from llmrecipes.run.finetune import apply_kernels, build_loaders, build_updater, resolve_plugins
-from llmrecipes.run.preparing import run_precision, set_seeds
+from llmrecipes.run.preparing import run_lanes, run_precision, set_seeds
 from llmrecipes.training.loop import train_step
 from llmrecipes.training.schedules import Progress
 
@@ -73,7 +73,8 @@ def our_steps(config: RunConfig, steps: int) -> Iterator[Step]:
     """Yields steps of the trainer, each of one window."""
     plugins, precision, source = resolve_plugins(config, None), run_precision(config), resolve_model(config)
     set_seeds(config.seed)
-    loaders = build_loaders(config, load_tokenizer(config, source), plugins, source, document_layout(precision))
+    tokenizer, lanes = load_tokenizer(config, source), run_lanes(config, source, precision)
+    loaders = build_loaders(config, tokenizer, plugins, source, document_layout(precision), lanes)
     base = load_model(config, source, precision)
     apply_kernels(base, config)
     model = attach_trained(base, config, precision)
@@ -81,7 +82,7 @@ def our_steps(config: RunConfig, steps: int) -> Iterator[Step]:
     windows = list(itertools.islice(loaders.training.windows(0), steps))
     for number, window in enumerate(windows):
         progress = Progress(number, steps, warmup_steps=0, epoch=0, gamma=1.0)
-        metrics, seconds, cpu_seconds = measured(lambda: train_step(model, window, updater, progress))  # noqa: B023
+        metrics, seconds, cpu_seconds = measured(lambda: train_step(model, window, updater, progress, lanes))  # noqa: B023
         yield Step(seconds, cpu_seconds, metrics.useful_tokens, metrics.supervised_tokens, metrics.loss)
 
 
@@ -142,10 +143,10 @@ def side_steps(side: str, config: RunConfig, steps: int) -> Iterator[Step]:
     return our_steps(config, steps) if plain is None else plain_steps(config, steps, *plain)
 
 
-def turn(side: str, words: Sequence[str]) -> tuple[list[Step], int]:
+def turn(side: str, words: Sequence[str], environment: Mapping[str, str]) -> tuple[list[Step], int]:
     """Returns (steps without the first, peak bytes) of a side, run in a process of its own."""
     command = [sys.executable, __file__, f"--side={side}", *words]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, env=environment, text=True, check=True)
     told = json.loads(done.stdout.splitlines()[-1])
     return [Step(**step) for step in told["steps"]][1:], told["peak_bytes"]
 
@@ -194,13 +195,14 @@ def main(words: Sequence[str]) -> None:
         found = [asdict(step) for step in side_steps(side, config, steps + 1)]
         print(json.dumps({"steps": found, "peak_bytes": peak_memory_bytes("cpu")}))
         return
-    prepare_environment()  # of both sides: a plain loop whose threads spin would lose more on a busy machine
     print(machine(), flush=True)
+    plain = dict(os.environ)  # a plain loop has the environment as it is
+    prepare_environment()
     measured_steps: dict[str, list[Step]] = {side: [] for side in SIDES}
     peaks = dict.fromkeys(SIDES, 0)
     for _ in range(rounds):
         for side in SIDES:
-            found_steps, peak = turn(side, words)
+            found_steps, peak = turn(side, words, plain if SIDES[side] else os.environ)
             measured_steps[side] += found_steps
             peaks[side] = max(peaks[side], peak)
             print(f"{side}: {[round(step.seconds, 2) for step in found_steps]} s", file=sys.stderr, flush=True)

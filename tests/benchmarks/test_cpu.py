@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ cpu: Any = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(cpu)
 
 QUESTIONS = "instruction,input,output,answer\n" + "".join(
-    f"Add.,{a} + {b},{a} + {b} = {a + b},{a + b}\n" for a, b in itertools.product((3, 14), (1, 20, 300))
+    f"Add.,{a} + {b},{a} + {b} = {a + b},{a + b}\n" for a, b in itertools.product((3, 14, 205), (1, 20, 300, 4001))
 )
 STEPS = 3
 
@@ -64,6 +65,6 @@ def test_the_table_tells_how_much_faster_the_last_side_is() -> None:
 
 
 def test_a_turn_leaves_the_first_step_out(words: list[str]) -> None:
-    steps, peak_bytes = cpu.turn("llmrecipes", [*words, "--steps=2", "--context_length=100"])
+    steps, peak_bytes = cpu.turn("llmrecipes", [*words, "--steps=2", "--context_length=100"], os.environ)
     assert len(steps) == 2
     assert peak_bytes > 0
