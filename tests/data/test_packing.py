@@ -103,12 +103,13 @@ def test_rows_change_with_epoch_and_seed() -> None:
         assert len(first & other) < len(first) / 4
 
 
-def test_short_samples_of_all_lengths_share_a_row() -> None:
+@pytest.mark.parametrize(("row_tokens", "fullness"), [(256, 0.95), (350, 0.96), (700, 0.97), (1400, 0.98)])
+def test_short_samples_of_all_lengths_share_a_row(row_tokens: int, fullness: float) -> None:
     lengths = np.random.default_rng(0).integers(25, 50, 5000).tolist()
-    rows = packed_rows(lengths, sample_order(5000, 0, 0), 1400, 0, 0)
+    rows = packed_rows(lengths, sample_order(5000, 0, 0), row_tokens, 0, 0)
     spread = np.mean([np.std([lengths[index] for index in row]) for row in rows]) / np.std(lengths)
-    assert spread > 0.9  # 0.1 where they are sorted by length
-    assert sum(lengths) / (1400 * len(rows)) > 0.98
+    assert spread > 0.85  # 0.1 to 0.2 where they are sorted by length
+    assert sum(lengths) / (row_tokens * len(rows)) > fullness
 
 
 def test_rows_are_not_ordered_by_length() -> None:
