@@ -17,7 +17,7 @@ help: ## this list
 
 environment: $(READY) ## make the virtual environment and install the project into it
 
-quickstart: $(READY) ## fine-tune a small model on arithmetic and compare it with its base; 10 minutes on 2 cores
+quickstart: $(READY) ## fine-tune a small model on arithmetic and compare it with its base; 12 minutes on 2 cores
 	PYTHON=$(abspath $(VENV))/bin/python recipes/quickstart.sh
 
 test: $(READY) ## run the tests; no network, no GPU needed

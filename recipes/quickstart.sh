@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Purpose: see the whole of it on any machine: a small model that cannot add learns to, and is measured before and after.
-# Cost:    90 MB to download once (SmolLM2-135M-Instruct, Apache-2.0); about 8 minutes on 2 CPU cores with bfloat16.
-# Expect:  a table with the exact matches of base and tuned model on held-out questions: 3.0 % and 79.5 % when measured.
+# Cost:    90 MB to download once (SmolLM2-135M-Instruct, Apache-2.0); about 9 minutes on 2 CPU cores with bfloat16.
+# Expect:  a table with the exact matches of base and tuned model on held-out questions: 3.0 % and 93.0 % when measured.
 #
 # Whatever is there already is used again: model, data, and a finished run where no flags are given.
 # MODEL_NAME, DATA_DIR, OUTPUT_DIR and EVAL_SAMPLES may be set; flags go to the fine-tuning:
