@@ -5,10 +5,11 @@
     python benchmarks/cpu.py --rounds 1 --steps 2 --context_length 700      # any flag of the fine-tuning, too
 
 The plain loop is what one would write first: shuffled batches of as many samples, padded to the longest, logits of
-every position, `model(..., labels=...).loss`, AdamW. Both sides learn the same samples with the same LoRA and the same
-optimizer. Each side is a process of its own, and only one runs at a time; they take turns, so that what else the
-machine does slows all of them; but measure on a quiet one, the plain loop's threads take it ill when another program
-has a core. The first step of every turn is left out. Ratios are of time on the clock and of CPU time.
+every position, `model(..., labels=...).loss`, PyTorch's AdamW as it comes. Both sides learn the same samples with the
+same LoRA; the trainer has the config's optimizer. Each side is a process of its own, and only one runs at a time; they
+take turns, so that what else the machine does slows all of them; but measure on a quiet one, the plain loop's threads
+take it ill when another program has a core. The first step of every turn is left out. Ratios are of time on the clock
+and of CPU time.
 """
 
 import itertools
