@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 
 from llmrecipes.prompts import IGNORED_LABEL
 
@@ -67,9 +68,11 @@ class DocumentGroups:
 
     def to(self, device: torch.device) -> "DocumentGroups":
         """Returns the groups on `device`, copied without blocking."""
-        gather = tuple(index.to(device, non_blocking=True) for index in self.gather)
-        return DocumentGroups(gather, self.scatter.to(device, non_blocking=True))
+        return DocumentGroups(tuple(_moved(index, device) for index in self.gather), _moved(self.scatter, device))
 
+
+TILE_TOKENS = 64
+"""Tokens of a document that attention works on together."""
 
 SHORTEST_BOUND = 128
 """Tokens that `DocumentSpans.longest` is at least: below, a kernel gains nothing from knowing better."""
@@ -87,10 +90,15 @@ class DocumentSpans:
     """int32 [documents + 1], ascending from 0 to the number of tokens; documents at the end may have no tokens"""
     longest: int
     """a power of two (or the width of a row) that no document exceeds"""
+    tiles: torch.Tensor
+    """int32 [tiles, 3]: of every `TILE_TOKENS` tokens of a document its start, its length, and the first of them in
+    it; tiles at the end may be of a document without tokens"""
+    equal_documents: int = 0
+    """how many documents there are where all are of one length and nothing is padding, else 0"""
 
     def to(self, device: torch.device) -> "DocumentSpans":
         """Returns the spans with their offsets on `device`, copied without blocking."""
-        return DocumentSpans(self.offsets.to(device, non_blocking=True), self.longest)
+        return replace(self, offsets=_moved(self.offsets, device), tiles=_moved(self.tiles, device))
 
 
 DocumentLayout = DocumentGroups | DocumentSpans
@@ -111,14 +119,25 @@ class Batch:
     """`Sample.row` of every sample in it"""
     layout: DocumentLayout | None
     """where the documents are; None where every row holds one, and padding behind it"""
+    predicting: torch.Tensor
+    """int64 [supervised]; places, in the tokens laid end to end, from which a supervised token is predicted"""
+    targets: torch.Tensor
+    """int64 [supervised]; the tokens that are predicted there"""
     supervised_tokens: int
     useful_tokens: int
 
     def to(self, device: torch.device) -> "Batch":
         """Returns the batch on `device`, copied without blocking."""
-        tensors = {name: getattr(self, name) for name in ("input_ids", "labels", "documents")}
-        moved: dict[str, Any] = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+        names = ("input_ids", "labels", "documents", "predicting", "targets")
+        moved: dict[str, Any] = {name: _moved(getattr(self, name), device) for name in names}
         return replace(self, **moved, layout=self.layout.to(device) if self.layout else None)
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """Each token's place in its own document, int64 [rows, tokens]."""
+        index = torch.arange(self.documents.shape[1], device=self.documents.device)
+        starts = F.pad(self.documents[:, 1:] != self.documents[:, :-1], (1, 0), value=True)
+        return index - torch.where(starts, index, 0).cummax(dim=1).values
 
 
 @dataclass(frozen=True)
@@ -127,6 +146,23 @@ class SpanBounds:
 
     documents: int = 0
     longest: int = SHORTEST_BOUND
+
+
+def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Returns a tensor on a device; to a GPU by way of pinned memory, so that the copy waits for nothing."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def predictions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns (places, targets), int64 [supervised] each, of [rows, tokens] labels: see `Batch.predicting`.
+
+    The token at position i of a row is predicted from position i - 1.
+    """
+    places = torch.nonzero(labels[:, 1:] != IGNORED_LABEL)
+    rows, columns = places.unbind(1)
+    return rows * labels.shape[1] + columns, labels[rows, columns + 1]
 
 
 def document_groups(documents: npt.NDArray[np.int64], bounds: SpanBounds | None = None) -> DocumentGroups | None:
@@ -164,7 +200,19 @@ def document_spans(documents: npt.NDArray[np.int64], bounds: SpanBounds | None =
     offsets = np.sort(np.concatenate([starts[useful], *padding]))
     filled = np.full(_power_of_two(max(bounds.documents, len(offsets))) + 1, rows * width, dtype=np.int32)
     filled[: len(offsets)] = offsets
-    return DocumentSpans(torch.from_numpy(filled), longest)
+    lengths = ends - starts
+    equal = bool(useful.all()) and int(lengths.min()) == int(lengths.max())
+    return DocumentSpans(torch.from_numpy(filled), longest, _tiles(filled), len(starts) if equal else 0)
+
+
+def _tiles(offsets: npt.NDArray[np.int32]) -> torch.Tensor:
+    lengths = np.diff(offsets)
+    counts = -(-lengths // TILE_TOKENS)
+    document = np.repeat(np.arange(len(counts)), counts)
+    first = (np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)) * TILE_TOKENS
+    tiles = np.zeros((-(-len(document) // TILE_TOKENS) * TILE_TOKENS, 3), dtype=np.int32)
+    tiles[: len(document)] = np.stack([offsets[document], lengths[document], first], axis=1)
+    return torch.from_numpy(tiles)
 
 
 Layout = Callable[[npt.NDArray[np.int64], SpanBounds | None], DocumentLayout | None]

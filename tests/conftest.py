@@ -11,6 +11,8 @@ from llmrecipes.environment import prepare_environment
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 cache = tempfile.TemporaryDirectory(prefix="llmrecipes-tests-")  # removed when the tests end
 os.environ["LLMRECIPES_CACHE"] = cache.name
+# Read when a kernel is defined, by the imports below; tests/kernels/conftest.py switches it on test by test.
+os.environ.setdefault("TRITON_INTERPRET", "1" if not Path("/dev/nvidia0").exists() else "0")
 prepare_environment()
 
 import numpy as np
@@ -20,6 +22,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from llmrecipes.batch import Sample
+from llmrecipes.kernels import four_bit, rowwise, scaled_matmul, short_attention  # noqa: F401
+from llmrecipes.kernels.jit import triton
+
+if triton is not None:
+    triton.knobs.runtime.interpret = False
 
 VOCABULARY = 260
 

@@ -21,6 +21,7 @@ from llmrecipes.batch import (
     SpanBounds,
     Window,
     document_groups,
+    predictions,
 )
 from llmrecipes.data.packing import Row, chunks, length_grouped, packed_rows, rank_shares, sample_order
 from llmrecipes.data.store import SampleStore
@@ -186,13 +187,16 @@ def padded_batch(
             labels[row_number, start + 1 : end] = sample.labels[1:]
             documents[row_number, start:end] = document
             start = end
+    predicting, targets = predictions(torch.from_numpy(labels))
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         labels=torch.from_numpy(labels),
         documents=torch.from_numpy(documents),
         sample_rows=tuple(sample.row for row in rows for sample in row),
         layout=layout(documents, bounds),
-        supervised_tokens=int((labels != IGNORED_LABEL).sum()),
+        predicting=predicting,
+        targets=targets,
+        supervised_tokens=len(targets),
         useful_tokens=int((documents > 0).sum()),
     )
 
@@ -214,13 +218,16 @@ def collated_batch(samples: Sequence[Sample], collator: Collator) -> Batch:
     documents = _tensor(made, "attention_mask") if "attention_mask" in made else torch.ones_like(input_ids)
     _check_layout(input_ids, labels, documents, len(samples))
     labels = F.pad(labels[:, 1:], (1, 0), value=IGNORED_LABEL)
+    predicting, targets = predictions(labels)
     return Batch(
         input_ids=input_ids * documents,  # padding may have an id for which the model has no row
         labels=labels,
         documents=documents,
         sample_rows=tuple(sample.row for sample in samples),
         layout=None,
-        supervised_tokens=int((labels != IGNORED_LABEL).sum()),
+        predicting=predicting,
+        targets=targets,
+        supervised_tokens=len(targets),
         useful_tokens=int(documents.sum()),
     )
 

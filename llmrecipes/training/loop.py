@@ -6,7 +6,8 @@ for each epoch, for each window: one optimizer step; now and then a validation o
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,7 +19,7 @@ from llmrecipes.precision import Precision
 from llmrecipes.training.lanes import in_lanes
 from llmrecipes.training.loss import loss_sum
 from llmrecipes.training.schedules import Progress
-from llmrecipes.training.updater import Update, Updater
+from llmrecipes.training.updater import HostNumber, LossSum, Update, Updater
 
 Record = dict[str, Any]
 
@@ -62,11 +63,15 @@ class Hooks:
 class StepMetrics:
     """One optimizer step in numbers."""
 
-    loss: float
-    """mean over the window's supervised tokens"""
+    mean_loss: HostNumber
     supervised_tokens: int
     useful_tokens: int
     update: Update
+
+    @property
+    def loss(self) -> float:
+        """Mean over the window's supervised tokens; reading it waits for the step."""
+        return float(self.mean_loss)
 
 
 @dataclass(frozen=True)
@@ -100,34 +105,80 @@ def train(
     model: Any, training: Windows, validation: Windows | None, updater: Updater, plan: TrainPlan, hooks: Hooks
 ) -> TrainResult:
     """Trains in place and returns the outcome; the best weights by validation loss are saved as `best`."""
-    step, tokens, last_loss, best = 0, 0, math.nan, (math.inf, 0)
+    step, tokens, best = 0, 0, (math.inf, 0)
     evaluated_at, stopped = 0, False
+    reports = Reports(hooks.report, plan, delayed=updater.precision.device.type == "cuda")
+
+    def validate() -> tuple[float, int]:
+        with reports.paused():
+            assert validation is not None
+            return _validate(model, validation, updater, plan, hooks, step, best)
+
     for epoch in range(plan.epochs):
         for window in training.windows(epoch):
-            started = time.perf_counter()
             progress = Progress(step, plan.steps, plan.warmup_steps, epoch, plan.gamma)
             metrics = train_step(model, window, updater, progress, plan.lanes)
-            step, tokens, last_loss = step + 1, tokens + metrics.useful_tokens, metrics.loss
-            if step % plan.logging_steps == 0 or step == plan.steps or metrics.update.skipped:
-                hooks.report(step_record(step, epoch, metrics, time.perf_counter() - started))
+            step, tokens = step + 1, tokens + metrics.useful_tokens
+            reports.add(step, epoch, metrics)
             stopped = hooks.stop_requested()
             if validation is not None and _due(step, plan.eval_steps) and not stopped:
-                best = _validate(model, validation, updater.precision, plan, hooks, step, best)
+                best = validate()
                 evaluated_at, stopped = step, step < plan.steps and hooks.stop_requested()
             if _due(step, plan.save_steps):
-                hooks.save(f"step-{step:06d}")
+                with reports.paused():
+                    hooks.save(f"step-{step:06d}")
             if stopped or step == plan.steps:
                 break
         at_end = step == plan.steps or plan.eval_steps == 0
         if validation is not None and at_end and evaluated_at != step and not stopped:
-            best = _validate(model, validation, updater.precision, plan, hooks, step, best)
+            best = validate()
             evaluated_at, stopped = step, step < plan.steps and hooks.stop_requested()
         if stopped or step == plan.steps:
             break
+    reports.tell()
+    updater.settle()
     best_loss, best_step = best
     if best_step != step:
         hooks.save("last")
-    return TrainResult(step, tokens, last_loss, best_step, best_loss if best_step else None, stopped)
+    return TrainResult(step, tokens, reports.last_loss, best_step, best_loss if best_step else None, stopped)
+
+
+class Reports:
+    """Tells of each step once its numbers are there: on a GPU (`delayed`) when the next step is under way.
+
+    So the device never waits for the host to read a number. A step's time is that since the step before was told.
+    """
+
+    def __init__(self, report: Callable[[Record], None], plan: TrainPlan, delayed: bool) -> None:
+        self.report, self.plan, self.delayed = report, plan, delayed
+        self.last_loss = math.nan
+        self._waiting: tuple[int, int, StepMetrics] | None = None
+        self._since = time.perf_counter()
+
+    def add(self, step: int, epoch: int, metrics: StepMetrics) -> None:
+        """Takes a step that was just handed to the device."""
+        self.tell()
+        self._waiting = (step, epoch, metrics)
+        if not self.delayed:
+            self.tell()
+
+    def tell(self) -> None:
+        """Tells of the step that waits, if one does."""
+        if self._waiting is None:
+            return
+        (step, epoch, metrics), self._waiting = self._waiting, None
+        self.last_loss = metrics.loss
+        now = time.perf_counter()
+        seconds, self._since = now - self._since, now
+        if step % self.plan.logging_steps == 0 or step == self.plan.steps or metrics.update.skipped:
+            self.report(step_record(step, epoch, metrics, seconds))
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Tells of all steps so far, and counts none of the time within."""
+        self.tell()
+        yield
+        self._since = time.perf_counter()
 
 
 def train_step(model: Any, window: Window, updater: Updater, progress: Progress, lanes: int = 1) -> StepMetrics:
@@ -140,7 +191,7 @@ def train_step(model: Any, window: Window, updater: Updater, progress: Progress,
     model.train()
 
     def share(batch: Batch) -> torch.Tensor:
-        return loss_sum(model, batch.to(updater.precision.device), updater.precision) / supervised_tokens
+        return updater.loss(model, batch.to(updater.precision.device), updater.precision) / supervised_tokens
 
     if lanes == 1:
         for batch in window:
@@ -152,18 +203,20 @@ def train_step(model: Any, window: Window, updater: Updater, progress: Progress,
             updater.add(gradients)
             total += loss.float()
     update = updater.step(progress)
-    return StepMetrics(float(total), supervised_tokens, sum(batch.useful_tokens for batch in window), update)
+    return StepMetrics(HostNumber(total), supervised_tokens, sum(batch.useful_tokens for batch in window), update)
 
 
 @torch.no_grad()
-def evaluate(model: Any, validation: Windows, precision: Precision, max_batches: int = 0) -> EvalMetrics:
+def evaluate(
+    model: Any, validation: Windows, precision: Precision, max_batches: int = 0, loss: LossSum = loss_sum
+) -> EvalMetrics:
     """Returns the mean loss over the supervised tokens of the split, or of its first `max_batches` batches."""
     was_training = model.training
     model.eval()
-    total, tokens = torch.zeros((), dtype=torch.float64), 0
+    total, tokens = torch.zeros((), dtype=torch.float64, device=precision.device), 0
     batches = (batch for window in validation.windows(0) for batch in window)
     for batch in itertools.islice(batches, max_batches or None):
-        total += loss_sum(model, batch.to(precision.device), precision).cpu()
+        total += loss(model, batch.to(precision.device), precision)
         tokens += batch.supervised_tokens
     model.train(was_training)
     if tokens == 0:
@@ -195,14 +248,14 @@ def _due(step: int, interval: int) -> bool:
 def _validate(
     model: Any,
     validation: Windows,
-    precision: Precision,
+    updater: Updater,
     plan: TrainPlan,
     hooks: Hooks,
     step: int,
     best: tuple[float, int],
 ) -> tuple[float, int]:
     """Evaluates, reports, saves as `best` what is best so far; returns (best loss, its step)."""
-    metrics = evaluate(model, validation, precision, plan.max_eval_batches)
+    metrics = evaluate(model, validation, updater.precision, plan.max_eval_batches, updater.loss)
     hooks.report(
         {
             "kind": "evaluation",

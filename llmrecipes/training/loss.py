@@ -50,8 +50,7 @@ def model_inputs(model: Any, batch: Batch, precision: Precision) -> dict[str, An
         return inputs
     documents = batch.documents
     index = torch.arange(documents.shape[1], device=documents.device)
-    starts = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
-    inputs["position_ids"] = index - torch.where(starts, index, 0).cummax(dim=1).values
+    inputs["position_ids"] = batch.positions
     if model.config._attn_implementation == BY_DOCUMENT:
         # Four dimensions are transformers' sign that the mask is final: it builds none, and none is looked at.
         return {**inputs, "attention_mask": documents[:, None, None], "layout": batch.layout}

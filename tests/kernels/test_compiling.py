@@ -1,0 +1,113 @@
+"""Every Triton kernel compiles for every kind of card, without one: Triton needs none to compile."""
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from llmrecipes.kernels import four_bit, quantize, rowwise, scaled_matmul, short_attention
+
+BF16, F32, I8, F8, I32, U8 = "*bf16", "*fp32", "*i8", "*fp8e4nv", "*i32", "*u8"
+TURNED = {"largest": 127.0, "integer": True, "pieces": 64, "size": 172, "block": 256}
+WHOLE = {**TURNED, "pieces": 1, "size": 11008, "block": 16384}
+FOUR_BIT = {"block": 64, "scale_block": 256, "nested": True}
+PARTS = (U8, F32, U8, F32, F32, F32)
+ATTENTION = {"shared": 2, "size": 128, "tile": 64}
+STRIDES = ("i32",) * 6
+MATMUL = {"rank": 64, "adds": True, "descriptors": False, "integer": True, "tile_m": 128, "tile_n": 128, "tile_k": 64}
+
+KERNELS: dict[str, tuple[Any, tuple[str, ...], dict[str, Any]]] = {
+    "quantize": (quantize._quantize, (BF16, I8, F32, "i32"), TURNED),
+    "norm": (
+        rowwise._rms_norm,
+        (BF16, BF16, BF16, I8, F32, "i32", "i32", "fp32"),
+        {"quantizes": True, **TURNED},
+    ),
+    "norm backward": (
+        rowwise._rms_norm_backward, (BF16, BF16, BF16, BF16, BF16, "i32", "i32", "fp32"), {"block": 4096}
+    ),
+    "swiglu": (rowwise._swiglu, (BF16, BF16, I8, F32, "i32", "i32"), {"quantizes": True, **TURNED}),
+    "swiglu backward": (
+        rowwise._swiglu_backward,
+        (BF16, BF16, BF16, BF16, I8, F32, "i32", "i32", "i32", "i32"),
+        {"quantizes": True, **WHOLE},
+    ),
+    "dropout": (rowwise._drop, (BF16, BF16, "i32", "i32", "fp32", "i32"), {"block": 1024}),
+    "rotate": (
+        rowwise._rotate,
+        (BF16, BF16, BF16, BF16, "i32", "i32", "i32", "i32", "i32", "i32", "i32"),
+        {"back": True, "padded_heads": 32, "padded_half": 64},
+    ),
+    "expand": (
+        four_bit._expand_rows,
+        (*PARTS, BF16, BF16, "i32"),
+        {**FOUR_BIT, "scaled": False, "integer": False, "pieces": 1, "size": 11008, "pairs": 8192},
+    ),
+    "expand in 8 bits": (
+        four_bit._expand_rows,
+        (*PARTS, I8, F32, "i32"),
+        {**FOUR_BIT, "scaled": True, "integer": True, "pieces": 64, "size": 172, "pairs": 128},
+    ),
+    "expand transposed": (
+        four_bit._expand_columns,
+        (*PARTS, I8, F32, "i32", "i32", "i32"),
+        {**FOUR_BIT, "aligned": True, "integer": True, "height": 128, "pairs": 32},
+    ),
+    "matmul": (
+        scaled_matmul._scaled_matmul,
+        (I8, I8, BF16, F32, F32, BF16, BF16, BF16, *("i32",) * 7, "i32"),
+        MATMUL,
+    ),
+    "attention": (short_attention._forward, (BF16, BF16, BF16, BF16, F32, I32, "i32", *STRIDES, "fp32"), ATTENTION),
+    "attention by queries": (
+        short_attention._query_gradient,
+        (BF16, BF16, BF16, BF16, BF16, F32, F32, BF16, I32, "i32", *STRIDES, "fp32"),
+        ATTENTION,
+    ),
+    "attention by keys": (
+        short_attention._key_gradient,
+        (BF16, BF16, BF16, BF16, F32, F32, BF16, BF16, I32, "i32", *STRIDES, "fp32", "i32"),
+        ATTENTION,
+    ),
+}  # fmt: skip
+
+WARPS = {"quantize": 8, "norm": 8, "swiglu": 8, "swiglu backward": 8}
+"""Where it is not 4: as many as the functions ask for."""
+
+SHARED_MEMORY = {89: 99 << 10, 90: 227 << 10}
+"""Bytes that a program may have: CUDA C++ Programming Guide, compute capabilities."""
+
+
+def shared_bytes(name: str, capability: int) -> int:
+    """Compiles a kernel; returns the shared memory that a program of it takes."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel, types, constants = KERNELS[name]
+    names = [argument for argument in kernel.arg_names if argument not in constants]
+    signature = {**dict(zip(names, types, strict=True)), **dict.fromkeys(constants, "constexpr")}
+    source = ASTSource(kernel, signature, constants)
+    options = {"num_warps": WARPS.get(name, 4)}
+    return int(triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).metadata.shared)
+
+
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+def test_all_compile_and_fit(capability: int) -> None:
+    pytest.importorskip("triton")
+    # In a process of its own: here the kernels are defined for the interpreter.
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(
+        [sys.executable, __file__, str(capability)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    assert found.keys() == KERNELS.keys()
+    assert all(taken <= SHARED_MEMORY[capability] for taken in found.values()), found
+
+
+if __name__ == "__main__":
+    print(json.dumps({name: shared_bytes(name, int(sys.argv[1])) for name in KERNELS}))
