@@ -39,9 +39,11 @@ from llmrecipes.kernels.attention import document_layout
 from llmrecipes.models.adapters import attach_trained
 from llmrecipes.models.loading import load_model, load_tokenizer, resolve_model
 from llmrecipes.reports.memory import peak_memory_bytes
-from llmrecipes.run.finetune import apply_kernels, build_loaders, build_updater, resolve_plugins
+from llmrecipes.run.finetune import build_loaders, build_updater, resolve_plugins
 from llmrecipes.run.preparing import run_lanes, run_precision, set_seeds
+from llmrecipes.run.speed import apply_attention
 from llmrecipes.training.loop import train_step
+from llmrecipes.training.loss import loss_sum
 from llmrecipes.training.schedules import Progress
 
 Result = TypeVar("Result")
@@ -77,9 +79,9 @@ def our_steps(config: RunConfig, steps: int) -> Iterator[Step]:
     tokenizer, lanes = load_tokenizer(config, source), run_lanes(config, source, precision)
     loaders = build_loaders(config, tokenizer, plugins, source, document_layout(precision), lanes)
     base = load_model(config, source, precision)
-    apply_kernels(base, config)
+    apply_attention(base, config)
     model = attach_trained(base, config, precision)
-    updater = build_updater(model, config, plugins, precision)
+    updater = build_updater(model, config, plugins, precision, loss_sum)
     windows = list(itertools.islice(loaders.training.windows(0), steps))
     for number, window in enumerate(windows):
         progress = Progress(number, steps, warmup_steps=0, epoch=0, gamma=1.0)

@@ -235,5 +235,30 @@ def _spans(documents: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
     return spans
 
 
+def halved(batch: Batch) -> list[Batch]:
+    """Returns the upper and the lower half of a batch's rows; a batch of one row as it is."""
+    rows = len(batch.input_ids)
+    return [_part(batch, slice(0, rows // 2)), _part(batch, slice(rows // 2, rows))] if rows > 1 else [batch]
+
+
+def _part(batch: Batch, rows: slice) -> Batch:
+    documents, labels = batch.documents[rows], batch.labels[rows]
+    samples = batch.documents.amax(dim=1).tolist()
+    first = sum(samples[: rows.start])
+    layout = document_spans if isinstance(batch.layout, DocumentSpans) else document_groups
+    predicting, targets = predictions(labels)
+    return Batch(
+        input_ids=batch.input_ids[rows],
+        labels=labels,
+        documents=documents,
+        sample_rows=batch.sample_rows[first : first + sum(samples[rows])],
+        layout=layout(documents.numpy()) if batch.layout else None,
+        predicting=predicting,
+        targets=targets,
+        supervised_tokens=len(targets),
+        useful_tokens=int((documents > 0).sum()),
+    )
+
+
 Window = list[Batch]
 """The batches of one optimizer step."""

@@ -8,6 +8,7 @@
 Allowed types: str, int, float, bool, list[str], each `| None`, and nested dataclasses (sections, see `section`).
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, field
 from typing import Any
@@ -61,6 +62,18 @@ def limits_of(item: Field[Any]) -> Limits:
     """Returns the limits of a dataclass field; a field made without `option` has none."""
     metadata: Mapping[str, Any] = item.metadata
     return metadata["limits"] if "limits" in metadata else Limits(help="")
+
+
+SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT])(i?)B\s*", re.IGNORECASE)
+
+
+def size_in_bytes(text: str) -> int | None:
+    """Returns the bytes of `24GiB`, `24 GB` or `0.5TiB`; None for what is no size."""
+    found = SIZE.fullmatch(text)
+    if found is None:
+        return None
+    number, prefix, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** (" KMGT".index(prefix.upper())))
 
 
 def listed(names: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from llmrecipes.config.data_schema import DataViewConfig, TokenizerOptions
 from llmrecipes.config.dataset_schema import DatasetOptions
 from llmrecipes.config.files import Given
-from llmrecipes.config.options import listed
+from llmrecipes.config.options import listed, size_in_bytes
 from llmrecipes.config.schema import EvaluationConfig, InferenceConfig, ModelOptions, RunConfig
 from llmrecipes.errors import did_you_mean
 
@@ -108,7 +108,22 @@ PRECISION_CONFLICTS = (
     ),
 )
 
+ACTIVATION_MEMORY = ("auto", "keep", "recompute", "offload")
+
 RUN_CONFLICTS = (
+    Conflict(
+        lambda c: c.fit != "auto" and not size_in_bytes(c.fit),
+        "--fit: expected auto or a size such as 24GiB",
+    ),
+    Conflict(
+        lambda c: c.activation_memory not in ACTIVATION_MEMORY and not size_in_bytes(c.activation_memory),
+        f"--activation_memory: expected {', '.join(ACTIVATION_MEMORY)}, or a size such as 8GiB",
+    ),
+    Conflict(
+        lambda c: c.use_fast_kernels is False and c.quantization_config.compute in ("int8", "fp8"),
+        "--quantization_config.compute int8 and fp8 are fast kernels, which --use_fast_kernels false switches off; "
+        "leave one of them out",
+    ),
     Conflict(lambda c: c.enable_fsdp, "--enable_fsdp: several GPUs are not supported yet; run without it on one GPU"),
     Conflict(lambda c: c.flop_counter, "--flop_counter: not supported yet; run without it"),
     Conflict(lambda c: c.use_profiler, "--use_profiler: not supported yet; run without it"),

@@ -19,6 +19,10 @@ class QuantizationConfig:
 
     quant_type: str = option("nf4", "4-bit code: nf4 (QLoRA's; llama-recipes' default was fp4)", choices=("nf4", "fp4"))
     compute_dtype: str | None = option(None, "data type of the matmuls; unset: the run's precision", choices=DTYPES)
+    compute: str = option(
+        "auto", "ours: matmuls of the 4-bit weights: bf16 (exact), int8 or fp8; auto: int8 where the first batch shows "
+        "that it is near enough, on a GPU", choices=("auto", "bf16", "int8", "fp8"),
+    )  # fmt: skip
     use_double_quant: bool = option(False, "quantize the scales as well: 0.4 bit a parameter less")
     quant_storage: str = option("bfloat16", "data type that the packed weights are declared as", choices=DTYPES)
 
@@ -34,7 +38,7 @@ class ModelOptions:
     quantization: str | None = option(None, "storage of the frozen base", choices=("4bit", "8bit"), bare="8bit")
     quantization_config: QuantizationConfig = section(QuantizationConfig, "with --quantization 4bit")
     use_fast_kernels: bool | None = option(
-        None, "true: demand the fast attention; false: the plain reference path; unset: fast where it can be"
+        None, "true: demand fast attention and layers; false: the plain reference path; unset: fast where it can be"
     )
     device: str = option("auto", "ours: auto (a GPU where there is one), cpu, cuda or cuda:N")
 
@@ -68,6 +72,20 @@ class BatchOptions:
     val_batch_size: int = option(1, "rows of one forward in validation", at_least=1)
     gradient_accumulation_steps: int = option(1, "forwards of one optimizer step", at_least=1)
     num_workers_dataloader: int = option(0, "processes that prepare batches ahead; 0: the trainer itself", at_least=0)
+
+
+@dataclass(frozen=True)
+class MemoryOptions:
+    """Memory"""
+
+    fit: str = option(
+        "auto", "ours: memory of the GPU that the run may take, such as 24GiB; auto: all that is free. Batches that do "
+        "not fit are cut, with the same update"
+    )  # fmt: skip
+    activation_memory: str = option(
+        "auto", "ours: what layers keep for the backward pass: keep (all), recompute, offload, or so much, such as "
+        "8GiB; auto: what fits"
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -225,6 +243,7 @@ class RunConfig(
     ValidationOptions,
     TrainingOptions,
     TrainedOptions,
+    MemoryOptions,
     BatchOptions,
     CacheOptions,
     DatasetOptions,

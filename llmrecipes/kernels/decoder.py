@@ -107,6 +107,11 @@ class Decoder:
     head_size: int
 
     @property
+    def groups(self) -> tuple[Projections, ...]:
+        """The linear layers, as they are multiplied."""
+        return self.qkv, self.output, self.gate_up, self.down
+
+    @property
     def trained(self) -> list[torch.nn.Parameter]:
         """The parameters that train, in the order of `backward`'s gradients."""
         parts = (self.first_norm, self.qkv, self.output, self.second_norm, self.gate_up, self.down)

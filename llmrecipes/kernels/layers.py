@@ -15,6 +15,7 @@ from llmrecipes.kernels.attend import Attention
 from llmrecipes.kernels.decoder import Decoder, Keep, Norm, Shared
 from llmrecipes.kernels.eight_bit import EightBit
 from llmrecipes.kernels.four_bit import FourBit
+from llmrecipes.kernels.offload import HostMemory
 from llmrecipes.kernels.projections import Adapter, Projections
 from llmrecipes.kernels.storage import FourBitStorage, FrozenStorage, Storage, TrainedStorage
 
@@ -29,13 +30,14 @@ class UnknownLayerError(ValueError):
 class FusedLayer(nn.Module):
     """A decoder layer that runs as one step in training, and as it was where there is a cache to answer from."""
 
-    def __init__(self, layer: nn.Module, decoder: Decoder) -> None:
+    def __init__(self, layer: nn.Module, decoder: Decoder, host_memory: HostMemory) -> None:
         super().__init__()
         for name, child in layer.named_children():
             self.add_module(name, child)  # so that parameters keep their names
         self.plain = [layer]  # in a list: not a child, its parts are children already
         self.decoder = decoder
         self.keep = Keep.ALL
+        self.host_memory = host_memory
 
     def forward(
         self,
@@ -79,8 +81,9 @@ class _Step(torch.autograd.Function):
         ctx.seed = int(torch.randint(2**30, ())) if layer.training else None
         with torch.autocast(x.device.type, enabled=False):
             y, kept = layer.decoder.forward(x, shared, ctx.seed, layer.keep)
-        if layer.keep == Keep.OFFLOADED:
-            kept.x = _in_host_memory(x)
+        ctx.stored = None
+        if layer.keep == Keep.OFFLOADED and x.is_cuda and any(ctx.needs_input_grad):
+            ctx.stored, kept.x = layer.host_memory.store(x), x.new_empty(0)
         ctx.layer, ctx.shared, ctx.kept = layer, shared, kept
         return y
 
@@ -90,18 +93,10 @@ class _Step(torch.autograd.Function):
         ctx.kept = None  # freed as it is used up, not when the whole graph is
         gradient = gradients[0].contiguous()
         with torch.autocast(gradient.device.type, enabled=False):
-            kept.x = kept.x.to(gradient.device, non_blocking=True)
+            if ctx.stored is not None:
+                kept.x = ctx.stored.take()
             found, trained = decoder.backward(gradient, kept, shared, ctx.seed, ctx.needs_input_grad[0])
         return found, None, None, *trained
-
-
-def _in_host_memory(x: torch.Tensor) -> torch.Tensor:
-    """Returns a copy that takes no memory of the GPU, made while the GPU goes on."""
-    if not x.is_cuda:
-        return x
-    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
-    host.copy_(x, non_blocking=True)
-    return host
 
 
 def apply_fused_layers(model: Any, dtype: torch.dtype, compute: str = "exact") -> int:
@@ -112,8 +107,9 @@ def apply_fused_layers(model: Any, dtype: torch.dtype, compute: str = "exact") -
     """
     layers = decoder_layers(model)
     decoders = [decoder_of(layer, dtype, compute) for layer in layers]
+    host_memory = HostMemory()
     for place, decoder in enumerate(decoders):
-        layers[place] = FusedLayer(layers[place], decoder)
+        layers[place] = FusedLayer(layers[place], decoder, host_memory)
     return len(decoders)
 
 

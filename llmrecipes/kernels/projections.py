@@ -18,8 +18,9 @@ from llmrecipes.kernels.quantize import Quantized, Quantizer
 from llmrecipes.kernels.rowwise import dropped
 from llmrecipes.kernels.storage import FrozenStorage, Storage
 
-ALIGNED = 64
-"""Columns of LoRA are filled up to a multiple of this many: a row then ends on a cache line's border."""
+ALIGNED, ALIGNED_ROOM = 16, 64
+"""Columns of LoRA are filled up to a multiple of this many: what matrix units take, and where they stand behind other
+columns, the numbers of a cache line."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,9 @@ class Projections:
         self.size, self.width, self.dtype = storage.size, storage.width, storage.dtype
         self.ranks = [each.down.shape[0] for each in adapters]
         self.drops = any(each.dropout for each in adapters)
-        self.low_width = -(-sum(self.ranks) // ALIGNED) * ALIGNED
         in_one = takes_room and isinstance(storage, FrozenStorage) and eight_bit is None and not self.drops
+        aligned = ALIGNED_ROOM if in_one else ALIGNED
+        self.low_width = -(-sum(self.ranks) // aligned) * aligned
         self.room = self.low_width if in_one else 0
         self._versions: list[int] = []
         if adapters:

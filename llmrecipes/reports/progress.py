@@ -75,6 +75,7 @@ class TrainingProgress:
             "start": self._start,
             "step": self._step,
             "evaluation": self._evaluation,
+            "notice": lambda record: self.notice(str(record["text"])),
             "end": lambda _: self._stop(),
         }.get(record["kind"])
         if show is not None:

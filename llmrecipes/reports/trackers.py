@@ -8,6 +8,7 @@ Records are dicts; "kind" says which:
                 seconds, memory_bytes; tokens and seconds are those of this one step, also where steps between two
                 records are not told
     evaluation  step, eval_loss, eval_perplexity, eval_tokens
+    notice      text: what the run decided on its way
     end         whatever the run closes with
 
 A key that is missing or None is left out. A tracker that is given a new start begins a new run.

@@ -2,14 +2,14 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
-from llmrecipes.batch import Layout, Sample
+from llmrecipes.batch import Layout, Sample, document_spans
 from llmrecipes.config.loading import Loaded
 from llmrecipes.config.schema import RunConfig
 from llmrecipes.config.show import flat_config, run_yaml, value_of
@@ -17,7 +17,7 @@ from llmrecipes.data.health import quick_findings
 from llmrecipes.data.loaders import Collator, Loader, padded_batch
 from llmrecipes.data.preprocessors import dataset_section, load_preprocessor
 from llmrecipes.errors import ConfigError, PluginError, TrainingError, first_line
-from llmrecipes.kernels.attention import apply_document_attention, document_layout
+from llmrecipes.kernels.attention import document_layout
 from llmrecipes.models.adapters import attach_trained, check_checkpoint, count_parameters
 from llmrecipes.models.folders import is_local, local_path
 from llmrecipes.models.loading import load_model, load_tokenizer, resolve_model
@@ -30,14 +30,16 @@ from llmrecipes.reports.plan import Plan, plan_text
 from llmrecipes.reports.progress import TrainingProgress
 from llmrecipes.reports.summary import Summary, summary_text
 from llmrecipes.reports.trackers import METRICS_FILE, TRACKERS, check_tracker, redacted
+from llmrecipes.run.memory import fit_memory
 from llmrecipes.run.output import ResultWriter, check_output_dir, claim_output_dir, command_line
 from llmrecipes.run.preparing import load_split, run_lanes, run_precision, set_seeds, storage, storage_flags
+from llmrecipes.run.speed import apply_attention, calibrated, fuse_layers
 from llmrecipes.run.stopping import EXIT_STOPPED, StopRequest
 from llmrecipes.training.loop import Hooks, TrainPlan, TrainResult, train
 from llmrecipes.training.optimizers import OPTIMIZERS
 from llmrecipes.training.probe import check_no_leak
 from llmrecipes.training.schedules import SCHEDULES, warmup_steps
-from llmrecipes.training.updater import Updater
+from llmrecipes.training.updater import LossSum, Updater
 
 Tracker = Callable[[dict[str, Any]], None]
 
@@ -88,14 +90,19 @@ def finetune(loaded: Loaded[RunConfig], config_path: str | None) -> int:
     loaders = build_loaders(config, tokenizer, plugins, source, document_layout(precision), lanes)
     contract = prompt_contract(tokenizer, loaders.training.samples)
     base = load_model(config, source, precision, dtype=None if config.use_peft else precision.trained)
-    kernels = apply_kernels(base, config)
+    kernels = [apply_attention(base, config)]
     model = attach_trained(base, config, precision)
-    kernels += prove_no_leak(model, config, loaders, precision)
-    kernels += f"; {lanes} batches side by side" if lanes > 1 else ""
-    updater = build_updater(model, config, plugins, precision)
+    fused = fuse_layers(model, config, precision)
+    kernels += [fused.told, calibrated(fused, model, loaders.training, precision, config.quantization_config.compute)]
+    kernels += [prove_no_leak(model, config, loaders, precision)]
+    updater = build_updater(model, config, plugins, precision, fused.loss)
+    fitted = fit_memory(config, model, loaders.training, updater, fused)
+    loaders = replace(loaders, training=fitted.training)
+    kernels += [fitted.told, f"{lanes} batches side by side" if lanes > 1 else ""]
     plan = train_plan(config, loaders)
     notices = [*loaded.notices, *loaders.notices]
-    print(plan_text(shown_plan(config, loaders, model, precision, plan, kernels, notices)), flush=True)
+    shown = shown_plan(config, loaders, model, precision, plan, kernels, notices)
+    print(plan_text(replace(shown, memory_bytes=fitted.peak_bytes)), flush=True)
     claim_output_dir(folder, "run.yaml", run_yaml(loaded, values_from_anywhere(config, plugins)))
     started = time.perf_counter()
     writer = ResultWriter(folder, model, tokenizer, contract, enabled=config.save_model)
@@ -156,6 +163,7 @@ def build_loaders(
         workers=config.num_workers_dataloader,
         collator=collator,
         layout=layout,
+        fixed_shapes=layout is document_spans and config.batching_strategy == "packing",
     )
     if not config.run_validation:
         return Loaders(training, None, (*notices, *quick_findings({"train": training}, tokenizer)), lanes)
@@ -171,19 +179,6 @@ def build_loaders(
     )
     found = quick_findings({"train": training, "validation": validation}, tokenizer)
     return Loaders(training, validation, (*notices, *more, *found), lanes)
-
-
-def apply_kernels(model: Any, config: RunConfig) -> str:
-    """Makes the model fast as far as the flags and the model allow; returns what was done, for the plan."""
-    if config.use_fast_kernels is False:
-        return "none: the plain reference path (eager attention)"
-    prefixes = config.use_peft and config.peft_method == "prefix"
-    replaced = 0 if prefixes else apply_document_attention(model)
-    if replaced:
-        return f"attention by document in {replaced} layers"
-    if config.use_fast_kernels:
-        raise ConfigError("--use_fast_kernels true: this model cannot attend by document; leave the flag out")
-    return f"{model.config._attn_implementation} attention"
 
 
 def build_optimizer(config: RunConfig, plugins: Plugins, parameters: Sequence[torch.nn.Parameter]) -> Optimizer:
@@ -214,14 +209,14 @@ def prove_no_leak(model: Any, config: RunConfig, loaders: Loaders, precision: Pr
             f"--batching_strategy packing: this model takes no packed rows ({first_line(error)}); use "
             "--batching_strategy padding"
         ) from None
-    return f"; packed samples do not see each other (probe of {len(row)}: {moved:.1g})"
+    return f"packed samples do not see each other (probe of {len(row)}: {moved:.1g})"
 
 
-def build_updater(model: Any, config: RunConfig, plugins: Plugins, precision: Precision) -> Updater:
+def build_updater(model: Any, config: RunConfig, plugins: Plugins, precision: Precision, loss: LossSum) -> Updater:
     """Returns the optimizer step over just what trains."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     clip_norm = config.gradient_clipping_threshold if config.gradient_clipping else None
-    return Updater(model, build_optimizer(config, plugins, trained), plugins.schedule, precision, clip_norm)
+    return Updater(model, build_optimizer(config, plugins, trained), plugins.schedule, precision, clip_norm, loss)
 
 
 def train_plan(config: RunConfig, loaders: Loaders) -> TrainPlan:
@@ -273,7 +268,7 @@ def shown_plan(
     model: Any,
     precision: Precision,
     plan: TrainPlan,
-    kernels: str,
+    kernels: Sequence[str],
     notices: Sequence[str],
 ) -> Plan:
     """Returns what the user is shown before the first step."""
@@ -294,7 +289,7 @@ def shown_plan(
         tokens_per_step=training.useful_tokens / windows,
         device=device_name(precision.device),
         precision=precision.name,
-        kernels=kernels,
+        kernels="; ".join(text for text in kernels if text),
         output_dir=config.output_dir,
         notices=tuple(notices),
     )

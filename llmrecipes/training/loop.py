@@ -3,6 +3,7 @@
 for each epoch, for each window: one optimizer step; now and then a validation or a saved copy.
 """
 
+import gc
 import itertools
 import math
 import time
@@ -13,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-from llmrecipes.batch import Batch, Window
+from llmrecipes.batch import Batch, Window, halved
 from llmrecipes.errors import DataError
 from llmrecipes.precision import Precision
 from llmrecipes.training.lanes import in_lanes
@@ -117,7 +118,13 @@ def train(
     for epoch in range(plan.epochs):
         for window in training.windows(epoch):
             progress = Progress(step, plan.steps, plan.warmup_steps, epoch, plan.gamma)
+            halvings = updater.halvings
             metrics = train_step(model, window, updater, progress, plan.lanes)
+            if updater.halvings > halvings:
+                text = (
+                    f"step {step + 1}: the memory did not suffice; batches are cut into {2**updater.halvings} from now"
+                )
+                hooks.report({"kind": "notice", "text": f"{text} on, with the same update"})
             step, tokens = step + 1, tokens + metrics.useful_tokens
             reports.add(step, epoch, metrics)
             stopped = hooks.stop_requested()
@@ -182,13 +189,41 @@ class Reports:
 
 
 def train_step(model: Any, window: Window, updater: Updater, progress: Progress, lanes: int = 1) -> StepMetrics:
-    """Returns the metrics of one optimizer step: every supervised token of the window weighs the same."""
-    supervised_tokens = sum(batch.supervised_tokens for batch in window)
-    if supervised_tokens == 0:
+    """Returns the metrics of one optimizer step: every supervised token of the window weighs the same.
+
+    Where the memory does not suffice, the step is done again with batches of half as many rows, which is the same
+    update, and so are all steps from then on.
+    """
+    supervised, useful = sum(batch.supervised_tokens for batch in window), sum(batch.useful_tokens for batch in window)
+    if supervised == 0:
         rows = [row for batch in window for row in batch.sample_rows]
         raise DataError(f"step {progress.step + 1}: no supervised token in rows {rows[:5]}; check get_data_collator")
-    total = torch.zeros((), device=updater.precision.device)
     model.train()
+    for _ in range(updater.halvings):
+        window = _halved(window)
+    while True:
+        try:
+            total = _add_gradients(model, window, updater, lanes)
+            break
+        except torch.OutOfMemoryError:
+            updater.forget()
+            if all(len(batch.input_ids) == 1 for batch in window):
+                raise
+        gc.collect()
+        updater.halvings += 1
+        window = _halved(window)
+    update = updater.step(progress)
+    return StepMetrics(HostNumber(total), supervised, useful, update)
+
+
+def _halved(window: Window) -> Window:
+    return [half for batch in window for half in halved(batch) if half.supervised_tokens]
+
+
+def _add_gradients(model: Any, window: Window, updater: Updater, lanes: int) -> torch.Tensor:
+    """Adds up the gradient of the window's mean loss, and returns that loss."""
+    supervised_tokens = sum(batch.supervised_tokens for batch in window)
+    total = torch.zeros((), device=updater.precision.device)
 
     def share(batch: Batch) -> torch.Tensor:
         return updater.loss(model, batch.to(updater.precision.device), updater.precision) / supervised_tokens
@@ -202,8 +237,7 @@ def train_step(model: Any, window: Window, updater: Updater, progress: Progress,
         for loss, gradients in in_lanes(lambda batch: updater.gradients(share(batch)), window, lanes):
             updater.add(gradients)
             total += loss.float()
-    update = updater.step(progress)
-    return StepMetrics(HostNumber(total), supervised_tokens, sum(batch.useful_tokens for batch in window), update)
+    return total
 
 
 @torch.no_grad()

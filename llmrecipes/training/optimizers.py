@@ -13,8 +13,10 @@ OptimizerFactory = Callable[[Parameters, TrainingOptions], Optimizer]
 
 
 def adamw(parameters: Parameters, config: TrainingOptions) -> Optimizer:
-    """AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101), PyTorch's."""
-    return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
+    """AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101), PyTorch's; on a GPU in one kernel over all parameters."""
+    parameters = list(parameters)
+    fused = all(parameter.is_cuda for parameter in parameters) or None
+    return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
 
 
 def adamw_fused(parameters: Parameters, config: TrainingOptions) -> Optimizer:

@@ -80,6 +80,8 @@ class Updater:
         self.scaler = torch.amp.GradScaler(precision.device.type, enabled=precision.loss_scaling)
         self.peak_rates = [group["lr"] for group in optimizer.param_groups]
         self.skipped_in_a_row = 0
+        self.halvings = 0
+        """how often batches are cut in half before they are computed: the memory did not suffice for more"""
         self._unseen: Update | None = None
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -97,6 +99,10 @@ class Updater:
             if gradient is not None:
                 parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
+    def forget(self) -> None:
+        """Drops the gradient gathered so far."""
+        self.optimizer.zero_grad(set_to_none=True)
+
     def step(self, progress: Progress) -> Update:
         """Applies the gathered gradient and forgets it; raises `TrainingError` after too many skipped steps.
 
@@ -111,7 +117,7 @@ class Updater:
         if self.clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, norm)
         self._apply(norm)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.forget()
         self.settle()
         self._unseen = update = Update(progress.step, self.peak_rates[0] * factor, norm)
         if not norm.is_cuda:

@@ -1,0 +1,353 @@
+"""How fast a training step is on a GPU: a model of Llama-2-7B's shape, made on the device from a seed.
+
+    python benchmarks/gpu.py                                   # all rows, some 6 minutes on an H200
+    python benchmarks/gpu.py --rows samsum-bf16,samsum-4bit --steps 10
+    python benchmarks/gpu.py --rows packed-4bit --peers        # with transformers + peft beside it
+    python benchmarks/gpu.py --rows single-4bit-small --activation_memory recompute      # any flag of the fine-tuning
+
+Each row is a process of its own: what the trainer does between model and update, by the trainer's own functions, on
+samples that have SAMSum's lengths under Llama-2's tokenizer (or all the same) and random tokens. Tokens are useful
+ones, padding is never counted; times are medians; warm-up, which compiles the kernels and rehearses, is told apart.
+TFLOP/s count what has to be computed and nothing that is computed again; the ceiling is a large bfloat16 matmul of
+the same run.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from typing import Any
+
+import bitsandbytes
+import numpy as np
+import peft
+import torch
+import transformers
+
+from llmrecipes.batch import Sample
+from llmrecipes.command import parse_flags
+from llmrecipes.config.loading import load_config
+from llmrecipes.config.schema import RunConfig
+from llmrecipes.data.loaders import Loader
+from llmrecipes.environment import prepare_environment
+from llmrecipes.kernels.attention import document_layout
+from llmrecipes.kernels.footprint import Shape
+from llmrecipes.models.adapters import attach_trained
+from llmrecipes.precision import Precision
+from llmrecipes.reports.memory import peak_memory_bytes
+from llmrecipes.run.memory import fit_memory
+from llmrecipes.run.preparing import run_precision, set_seeds
+from llmrecipes.run.speed import apply_attention, calibrated, fuse_layers
+from llmrecipes.training.loop import train_step
+from llmrecipes.training.optimizers import OPTIMIZERS
+from llmrecipes.training.schedules import SCHEDULES, Progress
+from llmrecipes.training.updater import Updater
+
+PROMPTS = (31, 51, 62, 72, 82, 91, 101, 112, 124, 139, 154, 170, 187, 206, 227, 249, 274, 307, 351, 427, 1189)
+ANSWERS = (2, 11, 13, 15, 17, 18, 20, 21, 23, 25, 26, 28, 31, 33, 36, 38, 42, 46, 52, 62, 96)
+"""Every twentieth of SAMSum's training split in tokens of Llama-2 (14,731 samples, 215.7 tokens on average)."""
+
+LORA = {"use_peft": "true", "lora_config.r": "16", "lora_config.target_modules": "all-linear"}
+LORA |= {"lora_config.lora_dropout": "0", "gradient_clipping": "true"}
+FOUR_BIT = {"quantization": "4bit"}
+NESTED = {**FOUR_BIT, "quantization_config.use_double_quant": "true"}
+
+SHAPE: dict[str, Any] = {
+    "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "vocab_size": 32000, "max_position_embeddings": 32768, "rms_norm_eps": 1e-5,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """One workload."""
+
+    told: str
+    sample_tokens: int
+    """0: SAMSum's lengths"""
+    flags: Mapping[str, str]
+    """of the fine-tuning"""
+
+
+def packed(rows: int, tokens: int, accumulated: int = 1, **more: str) -> dict[str, str]:
+    """Returns the flags of a batch of `rows` packed rows."""
+    names = ("batch_size_training", "context_length", "gradient_accumulation_steps")
+    return dict(zip(names, map(str, (rows, tokens, accumulated)), strict=True)) | more
+
+
+ROWS = {
+    "samsum-bf16": Row("SAMSum, bf16", 0, LORA | packed(1, 16384)),
+    "samsum-4bit": Row("SAMSum, NF4", 0, LORA | FOUR_BIT | packed(1, 16384)),
+    "packed-bf16": Row("4 x 4,096, bf16", 4096, LORA | packed(4, 4096)),
+    "packed-4bit": Row("4 x 4,096, NF4", 4096, LORA | FOUR_BIT | packed(4, 4096)),
+    "long-bf16": Row("1 x 16,384, bf16", 16384, LORA | packed(1, 16384)),
+    "long-4bit": Row("1 x 16,384, NF4", 16384, LORA | FOUR_BIT | packed(1, 16384)),
+    "full-bf16": Row("4 x 4,096, whole model, bf16", 4096, {"pure_bf16": "true", **packed(4, 4096)}),
+    "single-4bit": Row(
+        "1 x 4,096, 4 accumulated, NF4, all kept", 4096,
+        LORA | NESTED | packed(1, 4096, 4, activation_memory="keep"),
+    ),
+    "single-4bit-small": Row(
+        "the same, least memory", 4096,
+        LORA | NESTED | packed(1, 4096, 4, activation_memory="offload", optimizer="adamw_8bit"),
+    ),
+}  # fmt: skip
+
+
+def llama(config: RunConfig, precision: Precision) -> Any:
+    """Returns a model of Llama-2-7B's shape on the run's device, random weights, stored as the config says."""
+    described = transformers.LlamaConfig(**SHAPE)
+    with torch.device("meta"):
+        model: Any = transformers.LlamaForCausalLM(described)
+    torch.manual_seed(0)
+    rotary = type(model.model.rotary_emb)(described).to(precision.device)
+    for name, module in model.named_modules():
+        for kind, parameter in list(module.named_parameters(recurse=False)):
+            made = torch.empty(parameter.shape, dtype=torch.bfloat16, device=precision.device)
+            made = made.fill_(1) if "norm" in name else made.normal_(std=0.02)
+            setattr(module, kind, torch.nn.Parameter(made, requires_grad=False))
+        if config.quantization and "layers" in name and isinstance(module, torch.nn.Linear):
+            store_in_4_bits(model, name, module, config)
+    model.model.rotary_emb = rotary
+    return model
+
+
+def store_in_4_bits(model: Any, name: str, linear: torch.nn.Linear, config: RunConfig) -> None:
+    """Puts a `Linear4bit` of the same weights in a linear layer's place."""
+    nested = config.quantization_config.use_double_quant
+    library: Any = bitsandbytes.nn
+    made = library.Linear4bit(
+        linear.in_features, linear.out_features, bias=False, compute_dtype=torch.bfloat16, device="meta"
+    )
+    weight = library.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=nested)
+    made.weight = weight.to(linear.weight.device)
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, made)
+
+
+def samples_of(row: Row, tokens: int) -> list[Sample]:
+    """Returns random samples of the row's lengths, so many tokens of them; answers or, where alike, all supervised."""
+    generator = np.random.default_rng(0)
+    samples: list[Sample] = []
+    while tokens > 0:
+        at = np.array(generator.random(2))
+        at[1] = 0.65 * at[0] + 0.35 * at[1]  # long dialogues have long summaries: a correlation of 0.68
+        prompt, answer = (int(np.interp(p, np.linspace(0, 1, 21), known)) for p, known in zip(at, (PROMPTS, ANSWERS)))  # noqa: B905
+        prompt, answer = (0, row.sample_tokens) if row.sample_tokens else (prompt, answer)
+        ids = generator.integers(10, 32000, prompt + answer).astype(np.int32)
+        labels = ids.copy()
+        labels[:prompt] = -100
+        samples.append(Sample(ids, labels, len(samples)))
+        tokens -= len(ids)
+    return samples
+
+
+def our_row(row: Row, config: RunConfig, steps: int, warm_up: int) -> Iterator[dict[str, Any]]:
+    """Yields the trainer's steps, then what it came to."""
+    precision = run_precision(config)
+    set_seeds(config.seed)
+    base = llama(config, precision)
+    texts = [apply_attention(base, config)]
+    model = attach_trained(base, config, precision)
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.01)  # as if it had trained a while: 0 would make half of the work trivial
+    fused = fuse_layers(model, config, precision)
+    rows = config.batch_size_training * config.gradient_accumulation_steps
+    loader = Loader(
+        samples_of(row, config.context_length * rows * (steps + warm_up + 2)),
+        "packing", config.context_length, config.batch_size_training, config.gradient_accumulation_steps, seed=0,
+        layout=document_layout(precision), fixed_shapes=True,
+    )  # fmt: skip
+    started = time.perf_counter()
+    texts += [fused.told, calibrated(fused, model, loader, precision, config.quantization_config.compute)]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = OPTIMIZERS[config.optimizer](trained, config)
+    updater = Updater(model, optimizer, SCHEDULES["constant"], precision, 1.0, fused.loss)
+    fitted = fit_memory(config, model, loader, updater, fused)
+    windows = fitted.training.windows(0)
+    if precision.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    times: list[Any] = []
+    warm = 0.0
+    for number in range(warm_up + steps):
+        window = next(windows)
+        begin = now(precision)
+        metrics = train_step(model, window, updater, Progress(number, 1000, 0, 0, 1.0))
+        times.append((begin, now(precision), metrics, pairs_of(window)))
+        if number == warm_up - 1:
+            assert metrics.loss > 0  # waits for the step
+            warm = time.perf_counter() - started
+    assert metrics.loss > 0
+    shape = fused.shape
+    assert shape is not None
+    for begin, end, metrics, pairs in times[warm_up:]:
+        work = shape.operations(metrics.useful_tokens, metrics.supervised_tokens, pairs, not config.use_peft)
+        yield {
+            "seconds": between(begin, end), "useful": metrics.useful_tokens,
+            "supervised": metrics.supervised_tokens, "operations": work, "loss": metrics.loss,
+        }  # fmt: skip
+    yield {
+        "told": "; ".join(text for text in [*texts, fitted.told] if text), "warm": warm,
+        "peak": peak_memory_bytes(precision.device), "rehearsed": fitted.peak_bytes,
+        "estimated": estimated(shape, config),
+    }  # fmt: skip
+
+
+def now(precision: Precision) -> Any:
+    """Returns a mark of the time at which the device gets here."""
+    if precision.device.type != "cuda":
+        return time.perf_counter()
+    mark = torch.cuda.Event(enable_timing=True)
+    mark.record()
+    return mark
+
+
+def between(begin: Any, end: Any) -> float:
+    """Returns the seconds between two marks."""
+    return end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1e3
+
+
+def estimated(shape: Shape, config: RunConfig) -> int:
+    """Returns the peak that `llmrecipes plan` would tell."""
+    return 0
+
+
+def pairs_of(window: Any) -> int:
+    """Returns how many pairs of tokens look at each other in a window."""
+    lengths = torch.cat([batch.documents[batch.documents > 0].new_tensor(batch_lengths(batch)) for batch in window])
+    return int((lengths * (lengths + 1) // 2).sum())
+
+
+def batch_lengths(batch: Any) -> list[int]:
+    """Returns the lengths of a batch's documents."""
+    numbers = batch.documents.cpu() + 10**6 * torch.arange(len(batch.documents))[:, None]
+    return numbers[batch.documents.cpu() > 0].unique(return_counts=True)[1].tolist()
+
+
+def peer_row(row: Row, config: RunConfig, steps: int, warm_up: int) -> Iterator[dict[str, Any]]:
+    """Yields steps of a plain loop over transformers + peft + bitsandbytes: padded batches, gradient checkpointing."""
+    precision = run_precision(config)
+    base = llama(config, precision)
+    base.set_attn_implementation("sdpa")
+    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model = attach_trained(base, config, precision).train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=config.lr)
+    tokens = config.context_length * config.batch_size_training * config.gradient_accumulation_steps
+    samples = iter(samples_of(row, tokens * (steps + warm_up + 2)))
+    started, warm = time.perf_counter(), 0.0
+    for number in range(warm_up + steps):
+        batch: list[Sample] = []
+        while sum(len(sample.input_ids) for sample in batch) < tokens * 0.95:
+            batch.append(next(samples))
+        begin = time.perf_counter()
+        loss = torch.zeros(())
+        rows = 16 if row.sample_tokens == 0 else config.batch_size_training
+        for start in range(0, len(batch), rows):
+            inputs = padded(batch[start : start + rows], precision.device)
+            with precision.autocast():
+                loss = model(**inputs).loss
+            (loss / -(-len(batch) // rows)).backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        told = loss.item()  # waits for the step
+        if number == warm_up - 1:
+            warm = time.perf_counter() - started
+        if number >= warm_up:
+            useful, supervised = sum(len(s.input_ids) for s in batch), sum(s.supervised_tokens for s in batch)
+            seconds = time.perf_counter() - begin
+            yield {"seconds": seconds, "useful": useful, "supervised": supervised, "operations": 0, "loss": told}
+    yield {"told": "", "warm": warm, "peak": peak_memory_bytes(precision.device), "rehearsed": None, "estimated": 0}
+
+
+def padded(batch: Sequence[Sample], device: torch.device) -> dict[str, torch.Tensor]:
+    """Returns samples as a padded batch, the way a data collator makes it."""
+    width = max(len(sample.input_ids) for sample in batch)
+    inputs = {name: torch.full((len(batch), width), fill) for name, fill in (("input_ids", 0), ("labels", -100))}
+    inputs["attention_mask"] = torch.zeros(len(batch), width, dtype=torch.long)
+    for number, sample in enumerate(batch):
+        size = len(sample.input_ids)
+        inputs["input_ids"][number, :size] = torch.from_numpy(sample.input_ids)
+        inputs["labels"][number, :size] = torch.from_numpy(sample.labels)
+        inputs["attention_mask"][number, :size] = 1
+    return {name: tensor.to(device) for name, tensor in inputs.items()}
+
+
+def ceiling(device: torch.device) -> float:
+    """Returns the operations a second of a large bfloat16 matmul: the median of 20."""
+    size = 8192 if device.type == "cuda" else 256
+    one, other = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
+
+    def seconds() -> float:
+        begin = time.perf_counter()
+        for _ in range(10):
+            made = one @ other
+        made[0, 0].item()
+        return (time.perf_counter() - begin) / 10
+
+    return 2 * size**3 / statistics.median(seconds() for _ in range(20))
+
+
+SIDES: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {"llmrecipes": our_row, "transformers + peft": peer_row}
+
+
+def measured(side: str, name: str, steps: int, words: Sequence[str]) -> dict[str, Any]:
+    """Returns the figures of one row, measured in a process of its own."""
+    command = [sys.executable, __file__, f"--side={side}", f"--rows={name}", f"--steps={steps}", *words]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1][:200]}
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def line(side: str, name: str, found: Mapping[str, Any]) -> str:
+    """Returns a row of the table."""
+    if "error" in found:
+        return f"| {ROWS[name].told} | {side} | {found['error']} |"
+    steps, end = found["steps"], found["end"]
+    rates = [step["useful"] / step["seconds"] for step in steps]
+    supervised = statistics.median(step["supervised"] / step["seconds"] for step in steps)
+    work = statistics.median(step["operations"] / step["seconds"] for step in steps)
+    share = f"{work / 1e12:.0f} ({work / found['ceiling']:.0%})" if work else ""
+    spread = f"{statistics.median(rates):,.0f} ({min(rates):,.0f} to {max(rates):,.0f})"
+    peak = f"{end['peak'] / 2**30:.1f}" + (f" ({end['rehearsed'] / 2**30:.1f})" if end["rehearsed"] else "")
+    return f"| {ROWS[name].told} | {side} | {spread} | {supervised:,.0f} | {share} | {peak} | {end['warm']:.0f} |"
+
+
+def main(words: Sequence[str]) -> None:
+    """Measures the rows and prints a table; with --side, one row of one side, as JSON."""
+    flags: dict[str, str] = dict(parse_flags(words))
+    side, names = flags.pop("side", ""), flags.pop("rows", ",".join(ROWS)).split(",")
+    steps, peers = int(flags.pop("steps", "8")), flags.pop("peers", None) is not None
+    if side:
+        row = ROWS[names[0]]
+        prepare_environment()
+        config = load_config(RunConfig, {"model_name": "7B", "output_dir": "unused", **row.flags, **flags}).config
+        *told, end = SIDES[side](row, config, steps, 3)
+        print(json.dumps({"steps": told, "end": end, "ceiling": ceiling(run_precision(config).device)}))
+        return
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}"
+    print(f"{date.today()}, {torch.cuda.get_device_name()}; {versions}; {steps} steps a row", flush=True)
+    print("| workload | | useful tok/s (least to most) | supervised tok/s | TFLOP/s (of bf16's ceiling) | peak GiB "
+          "(rehearsed) | warm-up, s |\n|---|---|---|---|---|---|---|", flush=True)  # fmt: skip
+    own = [word for name, value in flags.items() for word in (f"--{name}={value}",)]
+    for name in names:
+        for known in SIDES if peers else list(SIDES)[:1]:
+            found = measured(known, name, steps, own)
+            print(line(known, name, found), flush=True)
+            if found.get("end", {}).get("told"):
+                print(f"{name}: {found['end']['told']}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    main(sys.argv[1:])

@@ -1,0 +1,130 @@
+"""What makes a run fast, where it may be, and told in the plan: attention by document, fused layers, 8 bits."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from llmrecipes.config.schema import RunConfig
+from llmrecipes.data.loaders import Loader
+from llmrecipes.errors import ConfigError, HardwareError
+from llmrecipes.kernels.attention import apply_document_attention
+from llmrecipes.kernels.calibration import BOUND, calibrate
+from llmrecipes.kernels.footprint import Shape
+from llmrecipes.kernels.head import fused_loss_sum
+from llmrecipes.kernels.jit import triton
+from llmrecipes.kernels.layers import FusedLayer, UnknownLayerError, apply_fused_layers, decoder_layers
+from llmrecipes.precision import Precision
+from llmrecipes.training.loss import loss_sum
+from llmrecipes.training.updater import LossSum
+
+EXACT = "exact"
+
+
+@dataclass(frozen=True)
+class Fused:
+    """What became of the model's layers."""
+
+    told: str
+    """for the plan"""
+    loss: LossSum
+    layers: Sequence[FusedLayer] = ()
+    """the fused layers, none where they are as they were"""
+    compute: str = EXACT
+    """how their frozen weights are multiplied: exact, int8 or fp8"""
+    shape: Shape | None = None
+    """the model's, where layers are fused"""
+
+
+def apply_attention(model: Any, config: RunConfig) -> str:
+    """Makes the model attend by document where it can; returns what was done, for the plan."""
+    if config.use_fast_kernels is False:
+        return "none: the plain reference path (eager attention)"
+    prefixes = config.use_peft and config.peft_method == "prefix"
+    replaced = 0 if prefixes else apply_document_attention(model)
+    if replaced:
+        return f"attention by document in {replaced} layers"
+    if config.use_fast_kernels:
+        raise ConfigError("--use_fast_kernels true: this model cannot attend by document; leave the flag out")
+    return f"{model.config._attn_implementation} attention"
+
+
+def fuse_layers(model: Any, config: RunConfig, precision: Precision) -> Fused:
+    """Replaces the decoder layers of a model, adapter attached, by fused ones where that is right and pays.
+
+    Raises `ConfigError` where `--use_fast_kernels true` or an 8-bit `quantization_config.compute` demands it in vain.
+    """
+    asked = config.quantization_config.compute
+    wanted = config.use_fast_kernels or (config.quantization == "4bit" and asked in ("int8", "fp8"))
+    on_gpu = precision.device.type == "cuda"
+    if config.use_fast_kernels is False or not (wanted or on_gpu):
+        return Fused("", loss_sum)
+    compute = eight_bit_compute(config, precision)
+    try:
+        check_fusible(config, precision)
+        apply_fused_layers(model, precision.compute, compute)
+    except UnknownLayerError as error:
+        if wanted:
+            flag = "use_fast_kernels true" if config.use_fast_kernels else f"quantization_config.compute {asked}"
+            raise ConfigError(f"--{flag}: the layers cannot be fused ({error}); leave the flag out") from None
+        return Fused(f"layers as transformers has them ({error})", loss_sum)
+    layers = [layer for layer in decoder_layers(model) if isinstance(layer, FusedLayer)]
+    shape = fused_shape(model, layers[0], precision, compute)
+    return Fused(f"{len(layers)} fused layers", fused_loss_sum, layers, compute, shape)
+
+
+def fused_shape(model: Any, layer: Any, precision: Precision, compute: str) -> Shape:
+    """Returns the shape of a model, LoRA and types included, by one of its layers."""
+    parts = {**dict(layer.self_attn.named_children()), **dict(layer.mlp.named_children())}
+    adapted = {name: part for name, part in parts.items() if hasattr(part, "lora_A")}
+    ranks = [part.r[adapter] for part in adapted.values() for adapter in part.active_adapters]
+    return Shape.of(
+        model.config,
+        adapted=tuple(adapted),
+        rank=max(ranks, default=0),
+        stream=model.get_input_embeddings().weight.element_size(),
+        compute=precision.compute.itemsize,
+        eight_bit=compute != EXACT,
+        in_one=layer.decoder.qkv.room > 0,
+    )
+
+
+def check_fusible(config: RunConfig, precision: Precision) -> None:
+    """Raises `UnknownLayerError` where the run has something that fused layers do not."""
+    if config.use_peft and config.peft_method != "lora":
+        raise UnknownLayerError(f"--peft_method {config.peft_method} changes them")
+    if precision.device.type == "cuda" and triton is None:
+        raise UnknownLayerError("Triton is not installed")
+
+
+def eight_bit_compute(config: RunConfig, precision: Precision) -> str:
+    """Returns how 4-bit weights are to be multiplied, `auto` resolved; raises `HardwareError`."""
+    asked = config.quantization_config.compute
+    if config.quantization != "4bit" or asked == "bf16":
+        return EXACT
+    capability = torch.cuda.get_device_capability(precision.device) if precision.device.type == "cuda" else None
+    if asked == "fp8" and capability is not None and capability < (8, 9):
+        raise HardwareError(
+            "--quantization_config.compute fp8: this GPU has no 8-bit floating point (Ada and Hopper do); use int8"
+        )
+    if asked != "auto":
+        return asked
+    return "int8" if capability is not None and capability >= (8, 0) else EXACT
+
+
+def calibrated(fused: Fused, model: Any, loader: Loader, precision: Precision, asked: str) -> str:
+    """Tries 8-bit matmuls on the first batch, switches them off in layers where they are too far off; returns a text.
+
+    Where the user `asked` for a kind instead of `auto`, no layer is switched off.
+    """
+    if fused.compute == EXACT:
+        return ""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    batch = loader.batch(loader.window_rows(0)[0][0])
+    bound = BOUND if asked == "auto" else float("inf")
+    with precision.autocast():
+        errors = calibrate(base.base_model, list(fused.layers), batch.to(precision.device), bound)
+    exact = [number for number, error in enumerate(errors) if error > bound]
+    told = f"matmuls in {fused.compute} (error of a layer {min(errors):.1%} to {max(errors):.1%}"
+    return told + (f"; above {bound:.0%} and exact: layers {', '.join(map(str, exact))})" if exact else ")")
