@@ -187,15 +187,16 @@ def document_groups(documents: npt.NDArray[np.int64], bounds: SpanBounds | None 
 
 
 def document_spans(documents: npt.NDArray[np.int64], bounds: SpanBounds | None = None) -> DocumentSpans | None:
-    """Returns the spans of [rows, tokens] document numbers; None where no row holds two documents."""
-    if documents.max() <= 1:
+    """Returns the spans of [rows, tokens] document numbers; None where no row holds two documents and `bounds` are
+    not given: with bounds every batch has spans, of one shape."""
+    if bounds is None and documents.max() <= 1:
         return None
     bounds = bounds or SpanBounds()
     rows, width = documents.shape
     starts = np.flatnonzero(np.diff(documents, axis=1, prepend=-1).ravel())
     ends = np.append(starts[1:], rows * width)
     useful = documents.ravel()[starts] > 0
-    longest = min(width, _power_of_two(max(bounds.longest, int((ends - starts)[useful].max()))))
+    longest = min(width, _power_of_two(max(bounds.longest, int((ends - starts)[useful].max(initial=0)))))
     padding = [np.arange(start, end, longest) for start, end in zip(starts[~useful], ends[~useful], strict=True)]
     offsets = np.sort(np.concatenate([starts[useful], *padding]))
     filled = np.full(_power_of_two(max(bounds.documents, len(offsets))) + 1, rows * width, dtype=np.int32)

@@ -1,4 +1,4 @@
-"""How healthy a data set is: a profile of every split, what splits share, how full its batches are, and a verdict.
+"""How healthy a data set is: a profile of every split, what splits share, and a verdict.
 
 The findings come as sentences with figures in them. `quick_findings` is the part that costs next to nothing: the
 trainer always runs it.
@@ -6,7 +6,7 @@ trainer always runs it.
 
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import combinations, islice
 from typing import Any
 
@@ -30,6 +30,7 @@ from llmrecipes.data.overlap import (
     question_digest,
     repeats,
 )
+from llmrecipes.data.plans import padding_share
 from llmrecipes.prompts import IGNORED_LABEL
 
 CHUNK_ROWS = 2048
@@ -119,32 +120,6 @@ class Digests:
         return cls(name, hashes_of(rows), hashes_of(questions))
 
 
-@dataclass(frozen=True)
-class BatchSettings:
-    """How samples come to batches and steps."""
-
-    strategy: str
-    row_tokens: int
-    batch_rows: int
-    window_batches: int
-    seed: int | None
-    group_by_length: bool = False
-
-
-@dataclass(frozen=True)
-class BatchPlan:
-    """One epoch under some settings."""
-
-    name: str
-    """packing, padding, or padding by length"""
-    rows: int
-    steps: int
-    useful_share: float
-    """of the tokens computed; the others are padding"""
-    fill: float
-    """tokens over rows of the context length"""
-
-
 def profile_split(split: str, samples: Iterable[Sample], tokenizer: Any, limits: SampleLimits) -> Profile:
     """Returns the profile of a split, whose rows are gone through once."""
     profile = Profile(split, limits, Sketch(split))
@@ -158,18 +133,6 @@ def profile_split(split: str, samples: Iterable[Sample], tokenizer: Any, limits:
             _lint(profile, chunk, tokenizer, marks)
             _read(profile, chunk, tokenizer)
     return profile
-
-
-def batch_plans(lengths: Sequence[int], settings: BatchSettings) -> list[BatchPlan]:
-    """Returns an epoch as set, then as the other ways to fill batches would have it; none without samples."""
-    ways = {
-        "packing": replace(settings, strategy="packing"),
-        "padding": replace(settings, strategy="padding", group_by_length=False),
-        "padding by length": replace(settings, strategy="padding", group_by_length=True),
-    }
-    chosen = settings.strategy + (" by length" if settings.strategy == "padding" and settings.group_by_length else "")
-    names = [chosen, *(name for name in ways if name != chosen)]
-    return [_plan(name, lengths, ways[name]) for name in names] if lengths else []
 
 
 def findings(profiles: Sequence[Profile], overlaps: Sequence[Overlap]) -> list[Finding]:
@@ -206,16 +169,6 @@ def quick_findings(loaders: Mapping[str, Loader | None], tokenizer: Any) -> list
         told += _padding_text(name, loader)
         seen.append(found)
     return told
-
-
-def padding_share(loader: Loader) -> float:
-    """Returns which share of an epoch's computed tokens is padding."""
-    widths = (
-        len(batch) * max(sum(loader.lengths[index] for index in row) for row in batch)
-        for window in loader.window_rows(0)
-        for batch in window
-    )
-    return 1 - loader.useful_tokens / sum(widths)
 
 
 def chunked(samples: Iterable[Sample]) -> Iterator[list[Sample]]:
@@ -270,23 +223,6 @@ def _read(profile: Profile, samples: Sequence[Sample], tokenizer: Any) -> None:
 def _texts(tokenizer: Any, rows: Sequence[npt.NDArray[np.int32]], size: int) -> list[str]:
     ids = [row[(row >= 0) & (row < size)].tolist() for row in rows]
     return list(tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-
-def _plan(name: str, lengths: Sequence[int], settings: BatchSettings) -> BatchPlan:
-    """Returns an epoch of samples of these lengths; what is in them makes no difference."""
-    nothing = np.zeros(1, dtype=np.int32)
-    outlines = [np.broadcast_to(nothing, (length,)) for length in lengths]
-    loader = Loader(
-        samples=[Sample(outline, outline, row) for row, outline in enumerate(outlines)],
-        strategy=settings.strategy,
-        row_tokens=settings.row_tokens,
-        batch_rows=settings.batch_rows,
-        window_batches=settings.window_batches,
-        seed=settings.seed,
-        group_by_length=settings.group_by_length,
-    )
-    rows, steps = len(loader.rows(0)), len(loader.window_rows(0))
-    return BatchPlan(name, rows, steps, 1 - padding_share(loader), sum(lengths) / (rows * settings.row_tokens))
 
 
 # --- findings ---------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Samples to windows of batches, an epoch at a time."""
 
 import atexit
+import math
 import multiprocessing
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -90,9 +91,12 @@ class Loader:
 
     @cached_property
     def _bounds(self) -> SpanBounds:
-        """Bounds of the spans of every batch: the longest sample, and room for as many documents as one may hold."""
-        most = max(sum(map(len, batch)) for batch in chunks(self.rows(0), self.batch_rows))
-        return SpanBounds(int(ROOM * most) + self.batch_rows, max(SHORTEST_BOUND, *self.lengths))
+        """Bounds of the spans of every batch: the longest sample, and room for as many documents as one may hold and
+        for the pieces that padding is cut into."""
+        rows = self._planned.get(0) or self._rows(0)  # another epoch's plan stays
+        most = max(sum(map(len, batch)) for batch in chunks(rows, self.batch_rows))
+        longest = max(SHORTEST_BOUND, max(self.lengths))
+        return SpanBounds(int(ROOM * most) + self.batch_rows * math.ceil(self.row_tokens / longest), longest)
 
     @cached_property
     def _planned(self) -> dict[int, list[Row]]:
@@ -115,15 +119,19 @@ class Loader:
         return [[index] for index in order]
 
     def window_rows(self, epoch: int) -> list[list[list[Row]]]:
-        """Returns the epoch's windows as lists of this rank's batches of rows."""
+        """Returns the epoch's windows as lists of this rank's batches of rows; in a window every rank has as many
+        batches, of which the last may have no rows."""
         windows = chunks(self.rows(epoch), self.batch_rows * self.window_batches * self.ranks)
-        if self.ranks > 1:
-            tokens = self.lengths
-            windows = [
-                rank_shares(rows, [sum(tokens[index] for index in row) for row in rows], self.ranks)[self.rank]
-                for rows in windows
-            ]
-        return [chunks(rows, self.batch_rows) for rows in windows]
+        if self.ranks == 1:
+            return [chunks(rows, self.batch_rows) for rows in windows]
+        tokens = self.lengths
+        shared = []
+        for rows in windows:
+            shares = rank_shares(rows, [sum(tokens[index] for index in row) for row in rows], self.ranks)
+            batches = [chunks(share, self.batch_rows) for share in shares]
+            missing = max(map(len, batches)) - len(batches[self.rank])
+            shared.append([*batches[self.rank], *([[]] * missing)])
+        return shared
 
     def windows(self, epoch: int, start: int = 0) -> Iterator[Window]:
         """Yields the epoch's windows from number `start` on."""
@@ -158,7 +166,7 @@ class Loader:
     def batch(self, rows: list[Row]) -> Batch:
         """Returns the tensors of one planned batch, padded on the right to its longest row."""
         grouped = [[self.samples[index] for index in row] for row in rows]
-        if self.collator is not None:
+        if self.collator is not None and rows:
             return collated_batch([row[0] for row in grouped], self.collator)
         if not self.fixed_shapes:
             return padded_batch(grouped, self.layout)
@@ -173,9 +181,10 @@ def padded_batch(
 ) -> Batch:
     """Returns rows of whole samples as one `Batch`; within a row documents are numbered from 1, padding is 0.
 
-    `shape` is the batch's [rows, tokens], by default the smallest that holds them; `bounds` those of its spans.
+    `shape` is the batch's [rows, tokens], by default the smallest that holds them, for no rows one token of padding;
+    `bounds` those of its spans.
     """
-    shape = shape or (len(rows), max(sum(len(sample.input_ids) for sample in row) for row in rows))
+    shape = shape or (max(1, len(rows)), max((sum(len(sample.input_ids) for sample in row) for row in rows), default=1))
     input_ids = np.zeros(shape, dtype=np.int64)
     labels = np.full(shape, IGNORED_LABEL, dtype=np.int64)
     documents = np.zeros(shape, dtype=np.int64)

@@ -21,10 +21,8 @@ from llmrecipes.data.health import (
     FINDING,
     NOTE,
     PROBLEM,
-    BatchSettings,
     Finding,
     Profile,
-    batch_plans,
     findings,
     overlaps_of,
     profile_split,
@@ -33,6 +31,7 @@ from llmrecipes.data.limits import SampleLimits
 from llmrecipes.data.lints import marks_of, sample_lints
 from llmrecipes.data.loaders import Loader
 from llmrecipes.data.overlap import Overlap
+from llmrecipes.data.plans import BatchSettings, batch_plans
 from llmrecipes.data.preprocessors import dataset_section, load_preprocessor
 from llmrecipes.errors import ConfigError, DataError, PluginError
 from llmrecipes.models.loading import load_tokenizer, model_limits, resolve_model

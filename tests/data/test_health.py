@@ -18,21 +18,18 @@ from llmrecipes.data.health import (
     OUTSIDE,
     PROBLEM,
     SHORT_ANSWER,
-    BatchSettings,
-    batch_plans,
     findings,
     overlaps_of,
-    padding_share,
     profile_split,
     quick_findings,
 )
 from llmrecipes.data.lints import LINTS, NO_END, NOTHING_SUPERVISED
 from llmrecipes.data.loaders import Loader
+from llmrecipes.data.plans import padding_share
 from llmrecipes.data.samples import SampleLimits
 from llmrecipes.prompts import Piece, encode_sample, end_piece
 
 LIMITS = SampleLimits(64, 2**31, 260)
-SETTINGS = BatchSettings("packing", 64, 4, 2, 7)
 
 
 def encoded(tokenizer: Any, rows: list[tuple[str, str]]) -> list[Sample]:
@@ -162,32 +159,6 @@ def test_overlap_by_each_kind_is_a_finding_of_its_own(byte_tokenizer: Any) -> No
         "test and train: by the same numbers in the question and the same answer, 20 of 20 rows (100.0 %) of test "
         "stand in train"
     ]
-
-
-@pytest.mark.parametrize("strategy", ["packing", "padding"])
-@pytest.mark.parametrize("by_length", [False, True])
-def test_a_plan_counts_what_the_loader_makes(strategy: str, by_length: bool, random_samples: Any) -> None:
-    samples = random_samples(101)
-    lengths = [len(sample.input_ids) for sample in samples]
-    settings = replace(SETTINGS, strategy=strategy, group_by_length=by_length)
-    real = loader(
-        samples, strategy=strategy, group_by_length=by_length and strategy == "padding", window_batches=2, seed=7
-    )
-    plan = batch_plans(lengths, settings)[0]
-    batches = [batch for window in real.windows(0) for batch in window]
-    computed = sum(batch.input_ids.numel() for batch in batches)
-    assert plan.rows == sum(len(batch.input_ids) for batch in batches)
-    assert plan.fill == pytest.approx(sum(lengths) / (plan.rows * 64))
-    assert plan.steps == len(list(real.windows(0)))
-    assert plan.useful_share == pytest.approx(sum(lengths) / computed)
-    assert padding_share(real) == pytest.approx(1 - sum(lengths) / computed)
-    assert plan.name == strategy + (" by length" if by_length and strategy == "padding" else "")
-
-
-def test_the_other_ways_to_fill_batches_are_planned_once_each() -> None:
-    names = [plan.name for plan in batch_plans([5, 6, 7], SETTINGS)]
-    assert names == ["packing", "padding", "padding by length"]
-    assert batch_plans([], SETTINGS) == []
 
 
 # --- the trainer's part -----------------------------------------------------------------------------------------------

@@ -17,10 +17,12 @@ from hypothesis import strategies as st
 from torch.utils.data import get_worker_info
 from transformers import DataCollatorForSeq2Seq
 
-from llmrecipes.batch import Batch, DocumentSpans, Sample, Window, document_spans
+from llmrecipes.batch import Batch, DocumentSpans, Sample, Window, document_groups, document_spans
 from llmrecipes.data.loaders import Loader, collated_batch, padded_batch
 from llmrecipes.data.store import store_of
 from llmrecipes.errors import PluginError
+from llmrecipes.precision import resolve_precision
+from llmrecipes.training.loss import loss_sum
 
 Samples = Callable[..., list[Sample]]
 
@@ -159,14 +161,41 @@ def test_one_shape_of_spans_serves_a_whole_epoch_of_samsum_like_lengths() -> Non
     nothing = np.zeros(1, dtype=np.int32)
     samples = [Sample(*[np.broadcast_to(nothing, (length,))] * 2, row) for row, length in enumerate(lengths.tolist())]
     loader = Loader(samples, "packing", 4096, 2, seed=0, layout=document_spans, fixed_shapes=True)
-    layouts = [batch.layout for window in loader.windows(0) for batch in window]
+    layouts = [batch.layout for epoch in (0, 1) for window in loader.windows(epoch) for batch in window]
     shapes = {(len(spans.offsets), spans.longest) for spans in layouts if isinstance(spans, DocumentSpans)}
-    assert len(layouts) > 30 and len(shapes) == 1
+    assert len(layouts) > 60 and len(shapes) == 1 and None not in layouts
+
+
+@pytest.mark.parametrize("strategy", ["packing", "padding"])
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_fixed_shapes_have_spans_of_one_shape_however_little_is_in_them(
+    strategy: str, ranks: int, random_samples: Samples
+) -> None:
+    settings: dict[str, Any] = {"strategy": strategy, "row_tokens": 4096, "batch_rows": 2, "layout": document_spans}
+    for samples in (random_samples(1), random_samples(7), random_samples(400)):
+        parts = [
+            Loader(samples, **settings, seed=1, fixed_shapes=True, rank=rank, ranks=ranks) for rank in range(ranks)
+        ]
+        batches = [batch for part in parts for window in part.windows(0) for batch in window]
+        spans = [batch.layout for batch in batches if isinstance(batch.layout, DocumentSpans)]
+        assert len(spans) == len(batches) >= ranks
+        assert {tuple(batch.input_ids.shape) for batch in batches} == {(2, 4096)}
+        assert len({(len(each.offsets), each.longest) for each in spans}) == 1
+        assert all(int(each.offsets[-1]) == 2 * 4096 for each in spans)
+
+
+def test_bounds_leave_the_plan_of_the_epoch_at_hand(random_samples: Samples, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader = Loader(random_samples(20), "packing", 64, 2, seed=0, layout=document_spans, fixed_shapes=True)
+    planned = loader.rows(3)
+    loader.batch(planned[:2])
+    monkeypatch.setattr(Loader, "_rows", lambda *_: pytest.fail("planned again"))
+    assert loader.rows(3) is planned
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks_train_on_disjoint_halves_of_the_same_windows(ranks: int, random_samples: Samples) -> None:
-    samples = random_samples(53)
+@pytest.mark.parametrize("count", [1, 2, 53])
+def test_ranks_train_on_disjoint_parts_of_the_same_windows(ranks: int, count: int, random_samples: Samples) -> None:
+    samples = random_samples(count)
     settings: dict[str, Any] = {"strategy": "packing", "row_tokens": 64, "batch_rows": 2, "seed": 1}
     together = Loader(samples, **settings, window_batches=2 * ranks)
     parts = [Loader(samples, **settings, window_batches=2, rank=rank, ranks=ranks) for rank in range(ranks)]
@@ -176,6 +205,22 @@ def test_ranks_train_on_disjoint_halves_of_the_same_windows(ranks: int, random_s
         tokens = [sum(batch.useful_tokens for batch in share) for share in shares]
         assert sum(tokens) == sum(batch.useful_tokens for batch in whole)
         assert max(tokens) - min(tokens) <= 64
+        assert len({len(share) for share in shares}) == 1 and shares[0]  # all meet as often, or some would wait
+
+
+def test_a_rank_without_rows_has_a_batch_of_padding_that_teaches_nothing(
+    random_samples: Samples, tiny_model: Callable[..., Any]
+) -> None:
+    part = Loader(random_samples(1), "padding", 64, batch_rows=2, rank=1, ranks=2, collator=pad)
+    ((batch,),) = part.windows(0)
+    assert batch.input_ids.shape == (1, 1) and batch.sample_rows == ()
+    assert (batch.useful_tokens, batch.supervised_tokens, int(batch.documents.sum())) == (0, 0, 0)
+    for layout, shape in ((document_groups, None), (document_groups, (2, 64)), (document_spans, (2, 64))):
+        model = tiny_model()
+        loss = loss_sum(model, padded_batch([], layout, shape), resolve_precision("cpu", False, False))
+        loss.backward()
+        assert loss.item() == 0
+        assert all(not weight.grad.any() for weight in model.parameters() if weight.grad is not None)
 
 
 def test_a_store_is_batched_as_the_samples_in_it(random_samples: Samples) -> None:

@@ -197,6 +197,16 @@ def test_ranks_share_a_window_without_gap_or_overlap_and_about_evenly(tokens: li
     assert max(sums) - min(sums) <= max(tokens, default=0)
 
 
+@given(st.integers(1, 8), st.integers(1, 6), st.integers(1, 9), st.randoms())
+def test_rows_of_evenly_spread_lengths_are_shared_to_the_token(
+    ranks: int, laps: int, step: int, generator: random.Random
+) -> None:
+    tokens = [step * number for number in range(1, 2 * laps * ranks + 1)]
+    generator.shuffle(tokens)
+    shares = rank_shares([[number] for number in range(len(tokens))], tokens, ranks)
+    assert len({sum(tokens[row[0]] for row in share) for share in shares}) == 1
+
+
 # --- chunks -----------------------------------------------------------------------------------------------------------
 
 
