@@ -10,8 +10,9 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 from llmrecipes.errors import LlmRecipesError, PluginError, did_you_mean
@@ -43,9 +44,20 @@ class Plugin:
         with blamed(f"in the rows of {self.name}", self.path):
             yield from rows
 
+    @property
+    def module(self) -> ModuleType | None:
+        """The file as a module; None where the function was not loaded from a file."""
+        return sys.modules.get(_module_name(self.path))
+
+    @property
+    def source(self) -> bytes | None:
+        """What the file held when it was run, whatever it holds now."""
+        loader = getattr(self.module, "__loader__", None)
+        return loader.source if isinstance(loader, _SourceLoader) else None
+
     def sibling(self, name: str) -> "Plugin | None":
         """Returns another function of the same file, or None where there is none."""
-        function = getattr(sys.modules[_module_name(self.path)], name, None)
+        function = getattr(self.module, name, None)
         return Plugin(self.path, name, function) if callable(function) else None
 
 
@@ -142,12 +154,22 @@ def _own_functions(module: ModuleType) -> list[str]:
     ]
 
 
+class _SourceLoader(SourceFileLoader):
+    """Runs a file as it stands, not a compiled copy that may be older, and remembers what it ran."""
+
+    source = b""
+
+    def get_code(self, fullname: str) -> CodeType:
+        self.source = self.get_data(self.path)
+        return self.source_to_code(self.source, self.path)
+
+
 def _module(path: Path) -> ModuleType:
     """Returns the file as a module, executed once a process; its own folder is importable."""
     name = _module_name(path)
     if name in sys.modules:
         return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
+    spec = importlib.util.spec_from_file_location(name, path, loader=_SourceLoader(name, str(path)))
     if spec is None or spec.loader is None:
         raise PluginError(f"{path}: Python cannot import this file")
     module = importlib.util.module_from_spec(spec)

@@ -211,6 +211,24 @@ def test_the_file_is_run_once_whatever_is_taken_from_it_and_however_it_is_spelt(
     assert (tmp_path / "runs").read_text() == "x"
 
 
+def test_what_is_run_is_the_file_as_it_stands_and_what_was_run_is_known(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    path = write("def get_custom_dataset():\n    return 1\n")
+    times = path.stat()
+    plugin = load(path)
+    assert plugin() == 1 and plugin.source == path.read_bytes()
+    assert plugin.module is not None and plugin.module.get_custom_dataset is plugin.function
+    path.write_text("def get_custom_dataset():\n    return 2\n")
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # of one size and age, as if a tool had restored it
+    assert plugin.source != path.read_bytes()
+    del sys.modules[plugin.module.__name__]
+    assert load(path)() == 2 and load(path).source == path.read_bytes()
+    assert Plugin(path.with_name("none.py"), "f", print).source is None
+    assert Plugin(path.with_name("none.py"), "f", print).sibling("f") is None
+
+
 def test_two_files_of_one_name_are_two(write: Write) -> None:
     files = [write(f"def get_custom_dataset():\n    return {n}\n", f"{n}/dataset.py") for n in range(2)]
     assert [load(path)() for path in files] == [0, 1]
