@@ -55,10 +55,11 @@ def _split_rows(dataset_config: Any, split: str) -> Rows[Row]:
     if Path(getattr(dataset_config, "data_path", "") or "_").expanduser().is_dir():
         return load_split(dataset_config, split, COLUMNS)
     rows = load_split(dataset_config, getattr(dataset_config, "train_split", "train"), COLUMNS, hub_name=HUB)
-    held_out = list(islice(rows, HELD_OUT_ROWS))
+    first = list(islice(rows, HELD_OUT_ROWS))
+    held_out = Rows(lambda: iter(first), rows.place)
     if split != "train":
-        return Rows(lambda: iter(held_out), rows.place)
-    asked = {_question(row) for row in held_out}
+        return held_out
+    asked = set(held_out.map(_question))
     kept = rows.map(lambda row: None if _question(row) in asked else row)
     if not any(True for _ in kept):
         raise DataError(f"{rows.place}: the first {HELD_OUT_ROWS} rows are held out, and none is left to train on")
@@ -66,4 +67,4 @@ def _split_rows(dataset_config: Any, split: str) -> Rows[Row]:
 
 
 def _question(row: Row) -> tuple[str, str]:
-    return row["instruction"], row["input"]
+    return text(row, "instruction"), text(row, "input", blank_allowed=True)

@@ -19,7 +19,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from llmrecipes.data.conversations import (
     read_conversation,
 )
 from llmrecipes.data.mixing import HoldOut, Source, draw_counts, sources_of
-from llmrecipes.data.rows import Rows
+from llmrecipes.data.rows import Rows, bad_rows
 from llmrecipes.data.templates import Template, template_of
 from llmrecipes.data.turns import ASSISTANT
 from llmrecipes.errors import ConfigError, DataError
@@ -118,18 +118,26 @@ class Chats:
         hold_out = self._hold_out()
         draws = self._draws(hold_out)
         for place, source in enumerate(self.sources):
-            counts = iter(draws[place]) if draws else None
-            waiting = self._chosen(place, hold_out)
-            while chats := list(islice(waiting, SAMPLES_AT_ONCE)):
-                for chat in chats:
-                    self.said.note(chat)
-                for sample in encode_conversations(self.tokenizer, self.template, chats, self.config.train_on):
-                    for _ in range(next(counts, 1) if counts else 1):
-                        yield sample
+            counts = iter(draws[place]) if draws else repeat(1)
+            for sample in self._encoded(place, hold_out, note=True):
+                yield from repeat(sample, next(counts))
             self._say(self.said.unanswered(source.path, self.config.train_on))
         if self.template.alternates:
             self._say(self.said.neighbours)
         self._say(self.said.spelled)
+
+    def _encoded(self, place: int, hold_out: HoldOut | None, *, note: bool) -> Iterator[Sample]:
+        """Yields the samples of a source; `note`: what is said of its conversations is counted."""
+        waiting = self._chosen(place, hold_out)
+        while chats := list(islice(waiting, SAMPLES_AT_ONCE)):
+            for chat in chats if note else ():
+                self.said.note(chat)
+            yield from encode_conversations(self.tokenizer, self.template, chats, self.config.train_on)
+
+    def _usable(self, place: int, hold_out: HoldOut | None) -> int:
+        """Returns how many samples a source has; where rows may be left out, only tokenizing tells which."""
+        chats = self._encoded(place, hold_out, note=False) if bad_rows().allowed else self._chosen(place, hold_out)
+        return sum(1 for _ in chats)
 
     def _chosen(self, place: int, hold_out: HoldOut | None) -> Iterator[Conversation]:
         """Yields the conversations of a source that this split is to have."""
@@ -172,7 +180,7 @@ class Chats:
         """Returns how often each conversation of each source is drawn; empty where every one is once."""
         if self.split != self.config.train_split or self.sources[0].weight is None:
             return []
-        sizes = [sum(1 for _ in self._chosen(place, hold_out)) for place in range(len(self.sources))]
+        sizes = [self._usable(place, hold_out) for place in range(len(self.sources))]
         draws = draw_counts(sizes, [source.weight or 0 for source in self.sources], self.config.seed)
         for source, size, counts in zip(self.sources, sizes, draws, strict=True):
             least, most = min(counts), max(counts)

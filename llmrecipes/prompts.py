@@ -9,13 +9,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
 from operator import length_hint
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 from llmrecipes.errors import DataError
 
 IGNORED_LABEL = -100
 """The label of a token that is not supervised: PyTorch's `cross_entropy(ignore_index=-100)`."""
 
+Encoded = dict[str, list[int]]
+"""`{input_ids, labels, attention_mask}` of one sample, three lists of one length."""
 
 SAMPLES_AT_ONCE = 1000
 """Samples whose texts are tokenized in one call, on all cores: more gain nothing, and their texts lie in memory."""
@@ -40,16 +42,30 @@ def encode_prompt(tokenizer: Any, text: str) -> list[int]:
     return ids if start and ids[:1] == start else start + ids
 
 
-def encode_sample(tokenizer: Any, pieces: Sequence[Piece]) -> dict[str, list[int]]:
+def encode_sample(tokenizer: Any, pieces: Sequence[Piece]) -> Encoded:
     """Returns `{input_ids, labels, attention_mask}` of one sample: three lists of one length.
 
     The ids open with the tokenizer's own start token (never two, none where it has none); labels are the ids of
     supervised pieces and `IGNORED_LABEL` elsewhere.
     """
-    return next(iter(encode_samples(tokenizer, [pieces])))
+    return encode_samples(tokenizer, [pieces])[0]
 
 
-def encode_pairs(tokenizer: Any, pairs: Iterable[tuple[str, str]]) -> "EncodedSamples":
+class Lasting:
+    """What can be gone through any number of times and is made anew each time, so that nobody need hold all of it."""
+
+
+@overload
+def encode_pairs(tokenizer: Any, pairs: Lasting) -> "EncodedSamples":
+    """Of rows as `load_split` gives them: made one by one, when they are gone through."""
+
+
+@overload
+def encode_pairs(tokenizer: Any, pairs: Iterable[tuple[str, str]]) -> list[Encoded]:
+    """Of all else: made at once."""
+
+
+def encode_pairs(tokenizer: Any, pairs: Any) -> "EncodedSamples | list[Encoded]":
     """Returns the samples of (prompt, answer) texts: the prompt masked, the answer and the end token supervised."""
     end = end_piece(tokenizer)
 
@@ -57,12 +73,24 @@ def encode_pairs(tokenizer: Any, pairs: Iterable[tuple[str, str]]) -> "EncodedSa
         for prompt, answer in pairs:
             yield [Piece(prompt), Piece(answer, supervised=True), end]
 
-    return EncodedSamples(tokenizer, pieces, pairs)
+    made = EncodedSamples(tokenizer, pieces, pairs)
+    return made if isinstance(pairs, Lasting) else list(made)
 
 
-def encode_samples(tokenizer: Any, samples: Iterable[Sequence[Piece]]) -> "EncodedSamples":
+@overload
+def encode_samples(tokenizer: Any, samples: Lasting) -> "EncodedSamples":
+    """Of rows as `load_split` gives them: made one by one, when they are gone through."""
+
+
+@overload
+def encode_samples(tokenizer: Any, samples: Iterable[Sequence[Piece]]) -> list[Encoded]:
+    """Of all else: made at once."""
+
+
+def encode_samples(tokenizer: Any, samples: Any) -> "EncodedSamples | list[Encoded]":
     """Returns what `encode_sample` gives for each, several times as fast: texts go to the tokenizer in thousands."""
-    return EncodedSamples(tokenizer, lambda: iter(samples), samples)
+    made = EncodedSamples(tokenizer, lambda: iter(samples), samples)
+    return made if isinstance(samples, Lasting) else list(made)
 
 
 @dataclass(frozen=True)
@@ -74,7 +102,7 @@ class EncodedSamples:
     source: object
     """what the pieces are made of: it may know how many there are"""
 
-    def __iter__(self) -> Iterator[dict[str, list[int]]]:
+    def __iter__(self) -> Iterator[Encoded]:
         start = start_ids(self.tokenizer)
         waiting = self.pieces()
         while chunk := list(islice(waiting, SAMPLES_AT_ONCE)):
@@ -102,9 +130,7 @@ def _runs(pieces: Sequence[Piece]) -> list[_Run]:
     return [_Run(*kind, [piece.text for piece in run]) for kind, run in grouped]
 
 
-def _joined(
-    tokenizer: Any, runs: Sequence[_Run], plain_ids: Iterator[list[int]], start: list[int]
-) -> dict[str, list[int]]:
+def _joined(tokenizer: Any, runs: Sequence[_Run], plain_ids: Iterator[list[int]], start: list[int]) -> Encoded:
     input_ids: list[int] = []
     labels: list[int] = []
     for run in runs:

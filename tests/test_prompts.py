@@ -1,5 +1,6 @@
 """Laws of text and ids: training and inference see the same ids, and no text becomes a control token by itself."""
 
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from llmrecipes.errors import DataError
 from llmrecipes.prompts import (
     IGNORED_LABEL,
+    EncodedSamples,
+    Lasting,
     Piece,
     control_id,
+    encode_pairs,
     encode_prompt,
     encode_sample,
+    encode_samples,
     end_piece,
     start_ids,
 )
@@ -165,6 +170,41 @@ def test_without_an_end_token_nothing_can_learn_to_stop(startless: PreTrainedTok
     startless.eos_token = None
     with pytest.raises(DataError, match="no end-of-sequence token"):
         end_piece(startless)
+
+
+# --- many at once -----------------------------------------------------------------------------------------------------
+
+PAIRS = [(f"{number}?", f"{number}.") for number in range(5)]
+
+
+def test_what_is_given_as_anything_else_than_rows_is_encoded_at_once(tokenizer: Any, tmp_path: Path) -> None:
+    end = end_piece(tokenizer)
+    pieces = [[Piece(question), Piece(answer, supervised=True), end] for question, answer in PAIRS]
+    expected = [encode_sample(tokenizer, each) for each in pieces]
+    for made in (encode_pairs(tokenizer, PAIRS), encode_samples(tokenizer, pieces)):
+        assert isinstance(made, list) and made == expected
+        assert len(made) == 5 and made[1:3] == expected[1:3] and made[-1] == expected[-1]
+    path = tmp_path / "pairs.txt"
+    path.write_text("".join(f"{question}\t{answer}\n" for question, answer in PAIRS))
+    with path.open() as file:
+        from_file = encode_pairs(tokenizer, (tuple(line.rstrip("\n").split("\t")) for line in file))  # type: ignore[misc]
+    assert list(from_file) == list(from_file) == expected
+    assert list(encode_samples(tokenizer, iter(pieces))) == expected
+
+
+def test_rows_that_last_are_encoded_when_they_are_gone_through_and_each_time_anew(byte_tokenizer: Any) -> None:
+    class Pairs(Lasting):
+        times = 0
+
+        def __iter__(self) -> Iterator[tuple[str, str]]:
+            self.times += 1
+            return iter(PAIRS)
+
+    pairs = Pairs()
+    made = encode_pairs(byte_tokenizer, pairs)
+    assert isinstance(made, EncodedSamples) and pairs.times == 0
+    assert list(made) == list(made) == encode_pairs(byte_tokenizer, PAIRS)
+    assert pairs.times == 2
 
 
 # --- the start token --------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from llmrecipes.data.store import KINDS, SampleStore, mapped_store
 from llmrecipes.errors import ConfigError
 from llmrecipes.plugins import Plugin
 
-LAYOUT = 1
+LAYOUT = 2
 """Goes up when an entry's files change their meaning."""
 
 MANIFEST = "manifest.json"
@@ -187,7 +187,7 @@ class Entry:
     store: SampleStore
     notices: tuple[str, ...]
     faults: Mapping[str, list[int]]
-    bad_rows: tuple[str, ...]
+    bad_rows: Mapping[str, list[str]]
 
 
 def kept_entry(folder: Path, seed: int) -> Entry | None:
@@ -200,7 +200,7 @@ def kept_entry(folder: Path, seed: int) -> Entry | None:
             return None
         os.utime(folder)
         store = mapped_store(folder)
-        return Entry(store, tuple(manifest["notices"]), manifest["faults"], tuple(manifest["bad_rows"]))
+        return Entry(store, tuple(manifest["notices"]), manifest["faults"], manifest["bad_rows"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -229,7 +229,7 @@ def keep(temporary: Path, folder: Path, inputs: Inputs, seed: int | None, entry:
         "arrays": {f"{name}.bin": _told(temporary / f"{name}.bin") for name in KINDS},
         "notices": entry.notices,
         "faults": dict(entry.faults),
-        "bad_rows": entry.bad_rows,
+        "bad_rows": dict(entry.bad_rows),
     }
     (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     if folder.exists():

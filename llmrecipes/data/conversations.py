@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from llmrecipes.data.rows import Row, bad_rows
+from llmrecipes.data.rows import BadRowError, Met, Row, bad_rows
 from llmrecipes.data.templates import Template
 from llmrecipes.data.turns import ASSISTANT, SYSTEM, TOOL, USER, Turn, control_tokens, either, learned
 from llmrecipes.errors import DataError, did_you_mean
@@ -98,10 +98,11 @@ def layout_of(row: Row) -> Layout:
         return Layout(f"{question} -> {answer}", columns, partial(_answered_turns, question, about, answer, system))
     if "text" in row:
         return Layout("plain text", ("text",), lambda row: [Turn(TEXT, _text(row, "text"), supervised=True)])
-    raise DataError(
+    raise BadRowError(
+        row.place,
         f"no layout is known with the columns {', '.join(map(repr, list(row)[:12])) or 'none'}: expected 'messages', "
         "'conversations', 'instruction' and 'output', 'prompt' and 'completion', or 'text'; for others write a "
-        "preprocessor, --dataset custom_dataset"
+        "preprocessor, --dataset custom_dataset",
     )
 
 
@@ -124,16 +125,16 @@ def encode_conversations(
     `train_on`: assistant (every answer with its end token), last (the last one) or all (questions, too). It decides on
     labels alone, not on ids. Conversations that the template has no place for are bad rows.
     """
-    bad = bad_rows()
+    bad, met = bad_rows(), Met()
     laid_out: list[tuple[Conversation, list[Piece], list[bool]]] = []
     for conversation in conversations:
-        with bad.at(conversation.place):
+        with bad.at(conversation.place, met):
             laid_out.append((conversation, *_laid_out(tokenizer, template, conversation, train_on)))
     start = start_ids(tokenizer)
     samples = []
     encoded = encode_samples(tokenizer, [pieces for _, pieces, _ in laid_out])
     for (conversation, pieces, answers), sample in zip(laid_out, encoded, strict=True):
-        with bad.at(conversation.place):
+        with bad.at(conversation.place, met):
             _check_no_smuggling(tokenizer, sample["input_ids"], pieces, start)
             if conversation.is_text or train_on == "all":
                 sample["labels"] = [IGNORED_LABEL] * len(start) + sample["input_ids"][len(start) :]

@@ -13,9 +13,9 @@ import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
-from llmrecipes.data.rows import Row
+from llmrecipes.data.rows import BadRowError, Row
 from llmrecipes.errors import DataError, did_you_mean
 
 Record = Row | DataError
@@ -31,11 +31,11 @@ def record(values: Mapping[str, Any], columns: Sequence[str], place: str) -> Rec
     """Returns the row, cut to `columns` (all if none is named), or what is wrong where one is missing or null."""
     try:
         check_columns(values, columns, place)
-    except DataError as error:
-        return error
+    except BadRowError as fault:
+        return fault
     for column in columns:
         if values[column] is None:
-            return DataError(f"{place}: column {column!r} is null: fill it in or take the row out")
+            return BadRowError(place, f"column {column!r} is null: fill it in or take the row out")
     return Row({column: values[column] for column in columns} if columns else values, place)
 
 
@@ -44,7 +44,7 @@ def check_columns(found: Mapping[str, Any] | Sequence[str], columns: Sequence[st
     for column in columns:
         if column not in found:
             names = ", ".join(map(repr, list(found)[:12])) or "none"
-            raise DataError(f"{place}: no column {column!r}, it has {names}{did_you_mean(column, found)}")
+            raise BadRowError(place, f"no column {column!r}, it has {names}{did_you_mean(column, found)}")
 
 
 def _check_no_duplicates(names: Sequence[str], place: str) -> None:
@@ -63,20 +63,32 @@ _BYTE_ORDER_MARKS = {
 }
 
 
+_LINE = re.compile(rb"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
+
+
 @dataclass
 class _Lines:
     """The lines of a UTF-8 file, line ends kept; `faults` are those of lines that are no text, by line number."""
 
     path: Path
-    faults: dict[int, DataError] = field(default_factory=dict)
+    end_at_returns: bool = False
+    """whether a carriage return alone ends a line"""
+    faults: dict[int, BadRowError] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[str]:
         with self.path.open("rb") as file:
             self._check_encoding(file)
             offset = 0
-            for number, data in enumerate(file, start=1):
-                yield from self._decoded(data, offset, number)
+            for number, data in enumerate(self._lines(file), start=1):
+                yield self._decoded(data, offset, number)
                 offset += len(data)
+
+    def _lines(self, file: BinaryIO) -> Iterator[bytes]:
+        for line in file:
+            if self.end_at_returns and b"\r" in line.removesuffix(b"\n").removesuffix(b"\r"):
+                yield from _LINE.findall(line)
+            else:
+                yield line
 
     def _check_encoding(self, file: BinaryIO) -> None:
         start = file.read(4)
@@ -89,32 +101,29 @@ class _Lines:
             found = f"a NUL byte, the file looks like {encoding}"
             raise _encoding_error(self.path, 1, place, 0, found, encoding)
 
-    def _decoded(self, data: bytes, offset: int, number: int) -> Iterator[str]:
-        """Yields the text of one line; of one that is no text what can be read, and notes the fault."""
+    def _decoded(self, data: bytes, offset: int, number: int) -> str:
+        """Returns the text of one line; of one that is no text what can be read, and notes the fault."""
         if 0 in data:
-            byte = offset + data.index(0)
-            self._note(number, f"{self.path}:{number}: byte {byte} is a NUL byte, no text has that: take it out")
+            told = f"byte {offset + data.index(0)} is a NUL byte, no text has that: take it out"
+            self.faults.setdefault(number, BadRowError(f"{self.path}:{number}", told))
         try:
             line = data.decode("utf-8")
         except UnicodeDecodeError as error:
             found = "no UTF-8; if the file is Latin-1"
-            told = _encoding_error(self.path, number, offset + error.start, data[error.start], found, "LATIN1")
-            self._note(number, str(told))
+            fault = _encoding_error(self.path, number, offset + error.start, data[error.start], found, "LATIN1")
+            self.faults.setdefault(number, fault)
             line = data.decode("utf-8", errors="replace")
-        yield line.removeprefix("\ufeff") if offset == 0 else line
+        return line.removeprefix("\ufeff") if offset == 0 else line
 
-    def _note(self, number: int, told: str) -> None:
-        self.faults.setdefault(number, DataError(told))
-
-    def fault(self, first: int, last: int) -> DataError | None:
-        """Returns the fault of the first of these lines that has one; forgets it."""
-        found = [self.faults.pop(number) for number in range(first, last + 1) if number in self.faults]
+    def fault(self, last: int) -> BadRowError | None:
+        """Returns the first fault of the lines up to `last`; forgets all of them."""
+        found = [self.faults.pop(number) for number in sorted(self.faults) if number <= last]
         return found[0] if found else None
 
 
-def _encoding_error(path: Path, line: int, offset: int, byte: int, found: str, encoding: str) -> DataError:
+def _encoding_error(path: Path, line: int, offset: int, byte: int, found: str, encoding: str) -> BadRowError:
     command = f"iconv -f {encoding} -t UTF-8 {shlex.quote(str(path))} > utf8{path.suffix}"
-    return DataError(f"{path}:{line}: byte {offset} (0x{byte:02x}): {found}: {command}")
+    return BadRowError(f"{path}:{line}", f"byte {offset} (0x{byte:02x}): {found}: {command}")
 
 
 def _first_character(path: Path) -> str:
@@ -138,60 +147,69 @@ def _line_estimate(path: Path) -> int:
 def _csv_records(path: Path, columns: Sequence[str]) -> Iterator[Record]:
     csv.field_size_limit(LONGEST_FIELD)
     _first_character(path)
-    lines = _Lines(path)
-    records = _csv_fields(path, lines)
-    first_line, header = next(records)
-    if isinstance(header, DataError):
-        raise header
-    _check_no_duplicates(header, f"{path}:{first_line}")
-    check_columns(header, columns, f"{path}:{first_line}")
+    records = _csv_fields(path)
+    header = next(records)
+    if header.fault is not None:
+        raise header.fault
+    _check_no_duplicates(header.fields, f"{path}:{header.first}")
+    check_columns(header.fields, columns, f"{path}:{header.first}")
     empty = True
-    for line, fields in records:
+    for found in records:
         empty = False
-        if isinstance(fields, DataError):
-            yield fields
-        elif len(fields) != len(header):
-            count = f"{len(fields)} field{'s' if len(fields) != 1 else ''}"
-            yield DataError(f"{path}:{line}: {count}, header has {len(header)}: quote a field that holds a comma")
+        wrong = len(found.fields) != len(header.fields)
+        if found.fault is not None and not (wrong and found.last > found.first):
+            yield found.fault
+        elif wrong:
+            yield from _wrong_count(path, found, len(header.fields))
         else:
-            yield record(dict(zip(header, fields, strict=True)), columns, f"{path}:{line}")
+            yield record(dict(zip(header.fields, found.fields, strict=True)), columns, f"{path}:{found.first}")
     if empty:
-        raise DataError(f"{path}:{first_line}: a header and no rows")
+        raise DataError(f"{path}:{header.first}: a header and no rows")
 
 
-def _csv_fields(path: Path, lines: _Lines) -> Iterator[tuple[int, list[str] | DataError]]:
-    """Yields the first line and the fields of every record; blank lines are none.
+class _Fields(NamedTuple):
+    """One record: its first and last line, its fields, and what is wrong with its text."""
 
-    A quote that is never closed swallows the rest of the file, so it is raised.
+    first: int
+    last: int
+    fields: list[str]
+    fault: BadRowError | None
+
+
+def _csv_fields(path: Path) -> Iterator[_Fields]:
+    """Yields every record; blank lines are none.
+
+    A quote that is never closed, or lines later by another that is astray, swallows rows, so it is raised.
     """
-    reader = csv.reader(_split_at_returns(lines), strict=True)
-    first_line = 1
+    lines = _Lines(path, end_at_returns=True)
+    reader = csv.reader(lines, strict=True)
+    first = 1
     while True:
-        fields: list[str] | DataError
+        fields, fault = [], None
         try:
             fields = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
             if "unexpected end of data" in str(error):
-                raise DataError(f"{path}:{first_line}: a quote is opened in this row and never closed") from None
-            fields = DataError(f"{path}:{reader.line_num}: {error}")
-        fields = lines.fault(first_line, reader.line_num) or fields
-        if fields:
-            yield first_line, fields
-        first_line = reader.line_num + 1
+                raise DataError(f"{path}:{first}: a quote is opened in this row and never closed") from None
+            if reader.line_num > first:
+                told = f"a quote that is opened in this row goes on to line {reader.line_num}: {error}"
+                raise DataError(f"{path}:{first}: {told}") from None
+            fault = BadRowError(f"{path}:{first}", str(error))
+        fault = lines.fault(reader.line_num) or fault
+        if fields or fault is not None:
+            yield _Fields(first, reader.line_num, fields, fault)
+        first = reader.line_num + 1
 
 
-_LINE = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
-
-
-def _split_at_returns(lines: _Lines) -> Iterator[str]:
-    """Yields lines, those of a file whose lines end with a carriage return alone, too."""
-    for line in lines:
-        if "\r" in line.removesuffix("\n").removesuffix("\r"):
-            yield from _LINE.findall(line)
-        else:
-            yield line
+def _wrong_count(path: Path, found: _Fields, expected: int) -> Iterator[BadRowError]:
+    """Yields a fault for each line of a record: a stray quote may have made one row of many."""
+    count = f"{len(found.fields)} field{'s' if len(found.fields) != 1 else ''}"
+    lines = f" in lines {found.first} to {found.last}" if found.last > found.first else ""
+    advice = "is a quote missing?" if lines else "quote a field that holds a comma"
+    for line in range(found.first, found.last + 1):
+        yield BadRowError(f"{path}:{line}", f"{count}{lines}, header has {expected}: {advice}")
 
 
 # --- JSON -------------------------------------------------------------------------------------------------------------
@@ -221,9 +239,9 @@ def _json_records(path: Path, columns: Sequence[str]) -> Iterator[Record]:
             continue
         place, source, value = found
         if not isinstance(value, dict):
-            yield DataError(f"{place}: expected an object with named columns, found {json.dumps(value):.40}")
+            yield BadRowError(place, f"expected an object with named columns, found {json.dumps(value):.40}")
         elif half := _half_character(value, source):
-            yield DataError(f"{place}: {half} is half a character (a lone surrogate), no text has that")
+            yield BadRowError(place, f"{half} is half a character (a lone surrogate), no text has that")
         else:
             yield record(value, columns, place)
     if empty:
@@ -237,7 +255,7 @@ Value = tuple[str, str, Any]
 def _json_lines(path: Path) -> Iterator[Value | DataError]:
     lines = _Lines(path)
     for number, line in enumerate(lines, start=1):
-        fault = lines.fault(number, number)
+        fault = lines.fault(number)
         if fault is not None:
             yield fault
         elif line.strip():
@@ -251,24 +269,29 @@ def _whole_value(path: Path, line: str, number: int) -> Any:
     value, end = _json_value(path, line, _blanks_end(line, 0), first_line=number)
     end = _blanks_end(line, end)
     if end < len(line):
-        raise DataError(f"{path}:{number}:{end + 1}: something follows the object: expected one a line")
+        raise BadRowError(f"{path}:{number}:{end + 1}", "something follows the object: expected one a line")
     return value
 
 
 def _json_list(path: Path) -> Iterator[Value | DataError]:
-    """Yields the values of a list one by one, so that the line of each is known; the text is held in memory."""
+    """Yields the values of a list one by one, so that the line of each is known; the text is held in memory.
+
+    The first value on a line stands at that line, others there at their column, too: no two stand in one place.
+    """
     lines = _Lines(path)
     decoded = "".join(lines)
-    fault = lines.fault(1, max(lines.faults, default=0))
+    fault = lines.fault(max(lines.faults, default=0))
     if fault is not None:
         raise fault
-    line, counted = 1, 0
+    line, last_line, counted = 1, 0, 0
     at = _blanks_end(decoded, decoded.index("[") + 1)
     closed = decoded[at : at + 1] == "]"
     while not closed:
         value, end = _json_value(path, decoded, at, first_line=1)
         line, counted = line + decoded.count("\n", counted, at), at
-        yield f"{path}:{line}", decoded[at:end], value
+        place = f"{path}:{line}" if line > last_line else _position(path, decoded, at)
+        last_line = line
+        yield place, decoded[at:end], value
         at = _blanks_end(decoded, end)
         closed = decoded[at : at + 1] == "]"
         if not closed and decoded[at : at + 1] != ",":
@@ -285,9 +308,9 @@ def _json_value(path: Path, decoded: str, start: int, *, first_line: int) -> tup
         return _DECODER.raw_decode(decoded, start)
     except json.JSONDecodeError as error:
         place = f"{path}:{error.lineno + first_line - 1}:{error.colno}"
-        raise DataError(f"{place}: {error.msg}: expected one object a line, or a list of objects") from None
+        raise BadRowError(place, f"{error.msg}: expected one object a line, or a list of objects") from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}:{first_line + decoded.count(chr(10), 0, start)}: {error}") from None
+        raise BadRowError(f"{path}:{first_line + decoded.count(chr(10), 0, start)}", str(error)) from None
 
 
 def _blanks_end(decoded: str, start: int) -> int:

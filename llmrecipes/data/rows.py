@@ -7,16 +7,21 @@ A row that cannot be used is told with its place, and ends the run unless `skip_
 """
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from llmrecipes.errors import DataError
+from llmrecipes.prompts import Lasting
 
 NAMED_FAULTS = 5
-"""Bad rows told in full; the others are counted."""
+"""Kinds of faults told, and bad rows named of each; the others are counted."""
+
+TOLD_CHARACTERS = 300
+"""Characters told of one fault."""
 
 KEPT_FAULTS = 1000
 """Bad rows beyond those allowed after which nobody needs to know how many more there are."""
@@ -37,36 +42,81 @@ class Row(dict[str, Any]):
         self.place = place
 
 
+class BadRowError(DataError):
+    """What is wrong with one row, and where that stands."""
+
+    def __init__(self, place: str, told: str) -> None:
+        super().__init__(f"{place}: {told}")
+        self.place, self.told = place, told
+
+
+Met = Counter[str]
+"""How often each fault was met in one going through of rows."""
+
+
 @dataclass
 class BadRows:
     """Rows that cannot be used, up to `allowed` of which are left out and named; by default the first one is raised."""
 
     allowed: int = 0
-    faults: list[str] = field(default_factory=list)
+    faults: dict[str, list[str]] = field(default_factory=dict)
+    """what is wrong -> the places where it is"""
+    _noted: set[tuple[str, int]] = field(default_factory=set)
+
+    @property
+    def count(self) -> int:
+        """Rows noted."""
+        return len(self._noted)
 
     @contextmanager
-    def at(self, place: str) -> Iterator[None]:
+    def at(self, place: str, met: Met | None = None) -> Iterator[None]:
         """Notes what is wrong with the row at `place` instead of raising it, where rows may be left out."""
         try:
             yield
         except DataError as error:
-            text = str(error)
-            self.note(DataError(text if text.startswith(place) else f"{place}: {text}"))
+            self.note(BadRowError(place, str(error).removeprefix(f"{place}: ")), met)
 
-    def note(self, fault: DataError) -> None:
-        """Takes a fault down, once; raises it where no row may be left out, and stops where there are far too many."""
+    def note(self, fault: DataError, met: Met | None = None) -> None:
+        """Takes a fault down; raises it where no row may be left out, and stops where there are far too many.
+
+        Rows may be gone through several times, so a fault counts once for as often as one going through, `met`, has
+        it: two rows of one fault and one place are two.
+        """
         if not self.allowed:
             raise fault
-        if str(fault) not in self.faults:
-            self.faults.append(str(fault))
-        if len(self.faults) > self.allowed + KEPT_FAULTS:
+        met = Counter() if met is None else met
+        met[str(fault)] += 1
+        if (str(fault), met[str(fault)]) in self._noted:
+            return
+        self._noted.add((str(fault), met[str(fault)]))
+        place, told = (fault.place, fault.told) if isinstance(fault, BadRowError) else ("a row", str(fault))
+        self.faults.setdefault(told, []).append(place)
+        if self.count > self.allowed + KEPT_FAULTS:
             raise DataError(f"{faults_text(self.faults)}; skip_bad_rows allows {self.allowed}")
 
 
-def faults_text(faults: Sequence[str]) -> str:
-    """Returns the first faults, and how many more there are."""
-    more = [f"and {len(faults) - NAMED_FAULTS} more"] if len(faults) > NAMED_FAULTS else []
-    return "; ".join([*faults[:NAMED_FAULTS], *more])
+def allowed_bad_rows(dataset_config: Any) -> int:
+    """Returns how many bad rows a data set's settings allow to be left out of a split."""
+    return int(getattr(dataset_config, "skip_bad_rows", 0) or 0)
+
+
+def places_text(places: Sequence[str]) -> str:
+    """Returns the first places, and how many more there are."""
+    more = f" and {len(places) - NAMED_FAULTS} more" if len(places) > NAMED_FAULTS else ""
+    return ", ".join(places[:NAMED_FAULTS]) + more
+
+
+def faults_text(faults: Mapping[str, Sequence[Any]], name: Callable[[Sequence[Any]], str] = places_text) -> str:
+    """Returns each of the first faults behind what `name` makes of where it is, and how many more there are."""
+    told = [f"{name(places)}: {shortened(fault)}" for fault, places in list(faults.items())[:NAMED_FAULTS]]
+    others = list(faults.values())[NAMED_FAULTS:]
+    told += [f"and {sum(map(len, others))} rows with {len(others)} other faults"] if others else []
+    return "; ".join(told)
+
+
+def shortened(text: str) -> str:
+    """Returns a text, its end left out where it is too long to be told."""
+    return text if len(text) <= TOLD_CHARACTERS else f"{text[: TOLD_CHARACTERS - 3]}..."
 
 
 _bad_rows: ContextVar[BadRows | None] = ContextVar("bad_rows", default=None)
@@ -87,8 +137,15 @@ def noted_in(bad: BadRows) -> Iterator[BadRows]:
         _bad_rows.reset(token)
 
 
+class _Placed(NamedTuple):
+    """What was made of a row, and where that stands."""
+
+    made: Any
+    place: str
+
+
 @dataclass(frozen=True)
-class Rows(Generic[Item]):
+class Rows(Lasting, Generic[Item]):
     """Rows of one file or data set, or what was made of them. `list(rows)` holds all at once."""
 
     read: Callable[[], Iterator[Item | DataError]]
@@ -98,12 +155,17 @@ class Rows(Generic[Item]):
     """how many there are, more or less, for a progress bar; 0: unknown"""
 
     def __iter__(self) -> Iterator[Item]:
-        bad = bad_rows()
+        for made, _ in self._placed():
+            yield made
+
+    def _placed(self) -> Iterator[_Placed]:
+        """Yields the usable rows, each with its place as far as that is known."""
+        bad, met = bad_rows(), Met()
         for item in self.read():
             if isinstance(item, DataError):
-                bad.note(item)
+                bad.note(item, met)
             else:
-                yield item
+                yield item if isinstance(item, _Placed) else _Placed(item, getattr(item, "place", self.place))
 
     def __length_hint__(self) -> int:
         return self.estimate()
@@ -118,14 +180,14 @@ class Rows(Generic[Item]):
     def map(self, make: "Callable[[Item], Made | None]") -> "Rows[Made]":
         """Returns what `make` makes of each row; None leaves a row out, a `DataError` makes it a bad one."""
 
-        def read() -> Iterator[Made | DataError]:
-            bad = bad_rows()
-            for item in self:
+        def read() -> Iterator[Any]:
+            bad, met = bad_rows(), Met()
+            for item, place in self._placed():
                 made: Made | None = None
-                with bad.at(getattr(item, "place", self.place)):
+                with bad.at(place, met):
                     made = make(item)
                 if made is not None:
-                    yield made
+                    yield _Placed(made, place)
 
         return Rows(read, self.place, self.estimate)
 
@@ -137,10 +199,14 @@ def with_text(rows: Rows[Row], column: str, title: str) -> Rows[Row]:
         total = blank = 0
         for row in rows:
             total += 1
-            if text(row, column, blank_allowed=True).strip():
+            try:
+                is_blank = not text(row, column, blank_allowed=True).strip()
+            except DataError as error:
+                yield error
+                continue
+            blank += is_blank
+            if not is_blank:
                 yield row
-            else:
-                blank += 1
         if blank:
             log.warning("%s: left out %d of %d rows, their %s is blank", title, blank, total, column)
 
@@ -152,7 +218,7 @@ def text(row: Mapping[str, Any], column: str, *, blank_allowed: bool = False) ->
     value = row[column]
     place = getattr(row, "place", "a row")
     if not isinstance(value, str):
-        raise DataError(f"{place}: column {column!r} holds {value!r:.40}, expected text: write it in quotes")
+        raise BadRowError(place, f"column {column!r} holds {value!r:.40}, expected text: write it in quotes")
     if not blank_allowed and not value.strip():
-        raise DataError(f"{place}: column {column!r} is blank: fill it in or take the row out")
+        raise BadRowError(place, f"column {column!r} is blank: fill it in or take the row out")
     return value

@@ -88,7 +88,7 @@ def load_samples(
     faults, overlong = Faults({fault: list(rows) for fault, rows in entry.faults.items()}), Overlong(limits)
     samples = _within_limits(entry.store, limits, faults, overlong)
     wrong = [told for told in (faults.text, faults_text(entry.bad_rows)) if told]
-    count = faults.count + len(entry.bad_rows)
+    count = faults.count + sum(map(len, entry.bad_rows.values()))
     refused = count > allowed
     if overlong.tokens and limits.overlong == "error":
         wrong, refused = [*wrong, f"{named(list(overlong.tokens))}: {overlong.fault}"], True
@@ -146,7 +146,7 @@ def _entry(preprocessor: Plugin, dataset_config: Any, tokenizer: Any, split: str
         states = random_states()
         entry = _read(preprocessor, arguments, StoreBuilder(temporary), reading)
         moved = random_states() != states
-        if len(entry.bad_rows) + sum(map(len, entry.faults.values())) <= _allowed(dataset_config):
+        if sum(map(len, [*entry.bad_rows.values(), *entry.faults.values()])) <= _allowed(dataset_config):
             keep(temporary, folder, inputs, reading.seed if moved else None, entry)
     return entry
 
@@ -174,7 +174,7 @@ def _read(preprocessor: Plugin, arguments: tuple[Any, Any, str], builder: StoreB
                 faults.add(fault, number)
             else:
                 builder.add(sample)
-    return Entry(builder.finish(), tuple(notices), faults.rows, tuple(bad.faults))
+    return Entry(builder.finish(), tuple(notices), faults.rows, bad.faults)
 
 
 def _about(made: Any) -> int:

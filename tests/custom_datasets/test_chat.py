@@ -137,9 +137,16 @@ def test_bad_rows_stop_the_run_unless_so_many_may_be_left_out(byte_tokenizer: An
         preprocessed(byte_tokenizer, path)
     with noted_in(BadRows(allowed=3)) as bad:
         assert len(preprocessed(byte_tokenizer, path)) == 3
-    places = (f"{path}:3: turn 1 (user) is blank", f"{path}:6:15: Expecting value", f"{path}:4: a system turn behind")
-    assert len(bad.faults) == 3
-    assert all(fault.startswith(place) for fault, place in zip(bad.faults, places, strict=True))
+    expected = {"turn 1 (user) is blank": "3", "Expecting value": "6:15", "a system turn behind": "4"}
+    assert bad.count == 3
+    for (told, places), (start, line) in zip(bad.faults.items(), expected.items(), strict=True):
+        assert told.startswith(start) and places == [f"{path}:{line}"]
+
+
+def test_a_layout_that_is_not_known_is_told_with_its_row(byte_tokenizer: Any, tmp_path: Path) -> None:
+    path = save(tmp_path / "a.jsonl", [{"quote": "a", "author": "b"}])
+    with pytest.raises(DataError, match=rf"^{re.escape(str(path))}:1: no layout is known with the columns 'quote'"):
+        preprocessed(byte_tokenizer, path)
 
 
 # --- held out ---------------------------------------------------------------------------------------------------------
@@ -195,6 +202,24 @@ def test_sources_are_mixed_by_weight_and_what_is_drawn_is_said(
     assert f"{b}: 60 samples drawn of 20 (each 3 times)" in caplog.text
     every = said(byte_tokenizer, preprocessed(byte_tokenizer, f"{a},{b}"))
     assert len(every) == len(set(every)) == 80
+
+
+def test_weights_are_those_of_the_chats_that_can_be_used(
+    byte_tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    talk = pair("x", "y")["messages"]
+    refused = {"messages": [*talk, {"role": "system", "content": "s"}, *talk]}  # which the template has no place for
+    mixed = [row for row in numbered(20, "a") for row in (row, refused)]
+    a, b = save(tmp_path / "a.jsonl", [*mixed, pair("", "x")]), save(tmp_path / "b.jsonl", numbered(20, "b"))
+    with noted_in(BadRows(allowed=40)) as bad:
+        told = said(byte_tokenizer, preprocessed(byte_tokenizer, f"{a}=3,{b}=1"))
+    assert bad.count == 21
+    assert [sum(text.startswith(letter) for text in told) for letter in "ab"] == [30, 10]
+    counts = [told.count(f"a{number}.</s>") for number in range(20)]
+    assert set(counts) == {1, 2} and max(told.count(f"b{number}.</s>") for number in range(20)) == 1
+    assert f"{a}: 30 samples drawn of 20 (each 1 or 2 times)" in caplog.text
+    clean = save(tmp_path / "c.jsonl", numbered(20, "a"))
+    assert said(byte_tokenizer, preprocessed(byte_tokenizer, f"{clean}=3,{b}=1")) == told
 
 
 def test_held_out_rows_of_one_source_are_in_no_other_and_are_not_weighted(byte_tokenizer: Any, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from llmrecipes.data.rows import BadRows, noted_in
 from llmrecipes.errors import DataError
 from llmrecipes.prompts import IGNORED_LABEL, encode_prompt
 
@@ -262,6 +263,22 @@ def test_alpaca_refuses_a_set_too_small_to_divide_and_a_split_it_has_not(tokeniz
         preprocessed("alpaca", tokenizer, "train", path)
     with pytest.raises(DataError, match="alpaca has no split 'test'"):
         preprocessed("alpaca", tokenizer, "test", path)
+
+
+@pytest.mark.parametrize("place", [3, 202])
+def test_alpacas_bad_rows_are_told_with_their_place_wherever_they_stand(
+    tokenizer: Any, tmp_path: Path, place: int
+) -> None:
+    rows: list[Any] = alpaca_rows(205)
+    rows[place]["instruction"] = ["no", "text"]
+    path = tmp_path / "alpaca_data.json"
+    path.write_text(json.dumps(rows, indent=0))
+    with pytest.raises(DataError, match=r"alpaca_data.json:\d+: column 'instruction' holds \['no', 'text'\], expected"):
+        preprocessed("alpaca", tokenizer, "train", path)
+    with noted_in(BadRows(allowed=1)) as bad:
+        train = preprocessed("alpaca", tokenizer, "train", path)
+    assert bad.count == 1
+    assert len(train) == (5 if place == 3 else 4)
 
 
 def test_alpaca_leaves_out_rows_without_an_output_and_says_so(

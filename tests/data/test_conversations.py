@@ -133,9 +133,28 @@ def test_an_answer_of_weight_0_is_not_supervised() -> None:
 def test_what_is_wrong_with_a_row_is_one_line(row: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError) as caught:
         read(row)
-    assert str(caught.value).startswith(message)
-    assert "\n" not in str(caught.value)
-    assert len(str(caught.value)) < 300
+    told = str(caught.value)
+    assert told.removeprefix("a.jsonl:1: ").startswith(message)
+    assert message[:9] != "no layout" or told.startswith("a.jsonl:1: no layout")
+    assert "\n" not in told
+    assert len(told) < 300
+
+
+def test_conversations_that_share_a_place_count_each(byte_tokenizer: Any) -> None:
+    template = template_of("llama2", "")
+    talk = tuple(Turn(role, "a", supervised=role == "assistant") for role in ("user", "assistant"))
+    refused = Conversation((*talk, Turn("system", "s"), *talk), "mine")
+    with noted_in(BadRows(allowed=9)) as bad:
+        for _ in range(2):
+            assert (
+                len(
+                    encode_conversations(
+                        byte_tokenizer, template, [refused, refused, Conversation(talk, "mine")], "assistant"
+                    )
+                )
+                == 1
+            )
+    assert bad.count == 2
 
 
 def test_a_row_of_another_layout_than_the_first_is_told() -> None:

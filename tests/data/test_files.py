@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmrecipes.data.files import load_hub, load_rows, load_split, save_rows
-from llmrecipes.data.rows import Row, text
+from llmrecipes.data.rows import BadRows, Row, noted_in, text
 from llmrecipes.errors import DataError
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
@@ -74,6 +74,26 @@ def test_a_row_knows_its_first_line(tmp_path: Path) -> None:
     assert [row.place for row in load_rows(table)] == [f"{table}:2", f"{table}:4"]
     objects = write(tmp_path, "a.json", '[{"q":\n "1"},\n\n {"q": "2"}]')
     assert [row.place for row in load_rows(objects)] == [f"{objects}:1", f"{objects}:4"]
+
+
+@pytest.mark.parametrize("ending", ["\r", "\r\n", "\n", "\n\r"])
+def test_a_fault_is_seen_behind_whatever_ends_lines(tmp_path: Path, ending: str) -> None:
+    rows = ["q,a", "one,two\rthree,four", "five,\0", "six,caf\u00e9"]
+    path = write(tmp_path, "a.csv", (ending.join(rows) + ending).encode("latin-1"))
+    with noted_in(BadRows(allowed=9)) as bad:
+        assert list(load_rows(path)) == [{"q": "one", "a": "two"}, {"q": "three", "a": "four"}]
+    line = 4 if ending != "\n\r" else 6
+    told = [(places, told.partition(" is a ")[0].partition(" (")[0]) for told, places in bad.faults.items()]
+    content = path.read_bytes()
+    assert told == [
+        ([f"{path}:{line}"], f"byte {content.index(0)}"),
+        ([f"{path}:{line + (2 if line > 4 else 1)}"], f"byte {content.index(0xE9)}"),
+    ]
+
+
+def test_a_fault_on_the_last_line_is_seen(tmp_path: Path) -> None:
+    for tail in (b"x,\0", b"x,\xe9", b"\0", b"x,y\r\xe9,z", b"\r\r\0\r"):
+        assert ": byte " in refusal(write(tmp_path, "a.csv", b"q,a\r1,2\n3,4\n" + tail))
 
 
 def test_a_field_may_be_longer_than_the_csv_module_s_own_limit(tmp_path: Path) -> None:

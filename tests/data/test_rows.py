@@ -1,5 +1,6 @@
 """Rows are read one by one and anew each time; bad ones are counted through all stages, and never lost in silence."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +10,19 @@ import pytest
 
 from llmrecipes.data.files import load_rows, load_split
 from llmrecipes.data.limits import SampleLimits
-from llmrecipes.data.rows import KEPT_FAULTS, BadRows, Row, Rows, bad_rows, faults_text, noted_in, with_text
+from llmrecipes.data.rows import (
+    KEPT_FAULTS,
+    TOLD_CHARACTERS,
+    BadRowError,
+    BadRows,
+    Row,
+    Rows,
+    bad_rows,
+    faults_text,
+    noted_in,
+    text,
+    with_text,
+)
 from llmrecipes.data.samples import load_samples
 from llmrecipes.errors import DataError
 from llmrecipes.plugins import Plugin
@@ -21,7 +34,9 @@ LIMITS = SampleLimits(context_length=64, max_positions=64, vocabulary_size=260)
 def rows_of(*values: str) -> Rows[Row]:
     def read() -> Iterator[Row | DataError]:
         for number, value in enumerate(values, start=1):
-            yield DataError(f"a.csv:{number}: broken") if value == "broken" else Row({"q": value}, f"a.csv:{number}")
+            yield (
+                BadRowError(f"a.csv:{number}", "broken") if value == "broken" else Row({"q": value}, f"a.csv:{number}")
+            )
 
     return Rows(read, "a.csv")
 
@@ -65,15 +80,68 @@ def test_a_bad_row_is_raised_with_its_place_unless_it_may_be_left_out() -> None:
     with noted_in(BadRows(allowed=2)) as bad:
         assert list(rows.map(make)) == ["a", "b"]
         assert list(rows.map(make)) == ["a", "b"]
-    assert bad.faults == ["a.csv:2: it is bad", "a.csv:3: broken"]  # each once, however often it was met
+    assert bad.faults == {"it is bad": ["a.csv:2"], "broken": ["a.csv:3"]}  # each once, however often it was met
+    assert bad.count == 2
     assert bad_rows().allowed == 0
 
 
+def test_a_place_is_carried_through_all_that_is_made_of_a_row() -> None:
+    def refuse(value: str) -> str:
+        if value.startswith("b"):
+            raise DataError("it begins with b")
+        return value
+
+    made = rows_of("a", "b1", "b2", "c").map(lambda row: row["q"]).map(refuse).map(str.upper)
+    with pytest.raises(DataError, match=r"^a.csv:2: it begins with b$"):
+        list(made)
+    with noted_in(BadRows(allowed=2)) as bad:
+        assert list(made) == list(made) == ["A", "C"]
+    assert bad.faults == {"it begins with b": ["a.csv:2", "a.csv:3"]}
+
+
+@pytest.mark.parametrize("placed", [True, False])
+def test_rows_that_share_a_place_or_have_none_count_each(placed: bool) -> None:
+    def refuse(row: object) -> None:
+        raise DataError("no good")
+
+    rows = Rows(lambda: iter([Row({}, "mine") if placed else {} for _ in range(4)]), "mine")
+    with noted_in(BadRows(allowed=9)) as bad:
+        assert list(rows.map(refuse)) == list(rows.map(refuse)) == []
+    assert bad.count == 4 and bad.faults == {"no good": ["mine"] * 4}
+
+
+def test_a_part_gone_through_again_counts_no_row_twice() -> None:
+    rows = rows_of("broken", "a", "broken", "broken", "b").map(lambda row: row["q"])
+    with noted_in(BadRows(allowed=9)) as bad:
+        assert rows.first == "a"
+        assert list(rows) == ["a", "b"]
+        assert rows.first == "a"
+    assert bad.count == 3
+
+
 def test_far_too_many_bad_rows_end_the_reading() -> None:
-    with noted_in(BadRows(allowed=1)), pytest.raises(DataError, match="and 997 more; skip_bad_rows allows 1"):
-        list(rows_of(*["broken"] * (KEPT_FAULTS + 5)))
-    assert faults_text(["a", "b"]) == "a; b"
-    assert faults_text([*"abcdefg"]) == "a; b; c; d; e; and 2 more"
+    read: list[int] = []
+
+    def endless() -> Iterator[Row | DataError]:
+        for number in range(10 * KEPT_FAULTS):
+            read.append(number)
+            yield BadRowError(f"a.csv:{number}", "broken")
+
+    with noted_in(BadRows(allowed=2)), pytest.raises(DataError) as caught:
+        list(Rows(endless, "a.csv"))
+    assert len(read) == KEPT_FAULTS + 3
+    places = ", ".join(f"a.csv:{number}" for number in range(5))
+    assert str(caught.value) == f"{places} and {KEPT_FAULTS - 2} more: broken; skip_bad_rows allows 2"
+
+
+def test_faults_are_grouped_by_what_they_say_and_kept_short() -> None:
+    assert faults_text({}) == ""
+    assert faults_text({"broken": ["a:1", "a:3"], "blank": ["a:2"]}) == "a:1, a:3: broken; a:2: blank"
+    assert faults_text({"broken": [*"abcdefg"]}) == "a, b, c, d, e and 2 more: broken"
+    many = {f"fault {number}": ["a", "b"] for number in range(7)}
+    assert faults_text(many).endswith("; a, b: fault 4; and 4 rows with 2 other faults")
+    assert len(faults_text({"x" * 10_000: ["a:1"]})) == TOLD_CHARACTERS + 5
+    assert faults_text({"x" * 10_000: ["a:1"]}).endswith("x...")
 
 
 def test_rows_with_a_blank_column_are_left_out_and_counted(caplog: pytest.LogCaptureFixture) -> None:
@@ -82,12 +150,30 @@ def test_rows_with_a_blank_column_are_left_out_and_counted(caplog: pytest.LogCap
     assert "mine, train: left out 1 of 3 rows, their q is blank" in caplog.text
 
 
+def test_a_column_that_should_be_blank_or_text_and_is_neither_is_a_bad_row() -> None:
+    rows = Rows(lambda: iter([Row({"q": 5}, "a.json:1"), Row({"q": "b"}, "a.json:2")]), "a.json")
+    with pytest.raises(DataError, match="^a.json:1: column 'q' holds 5, expected text"):
+        list(with_text(rows, "q", "mine"))
+    with noted_in(BadRows(allowed=1)) as bad:
+        assert list(with_text(rows, "q", "mine").map(lambda row: text(row, "q"))) == ["b"]
+    assert bad.count == 1
+
+
 BROKEN_FILES = {
-    "a.csv": ('q,a\n1,2\n3\n4,5\n6,7,8\n"9"x,1\n2,\0\n', {2: "1 field", 4: "3 fields", 5: "", 6: "NUL byte"}),
+    "a.csv": ('q,a\n1,2\n3\n4,5\n6,7,8\n"9"x,1\n2,\0\n', {3: "1 field", 5: "3 fields", 6: "", 7: "NUL byte"}),
     "a.jsonl": ('{"q": "1", "a": "2"}\n{"q": }\n[]\n{"q": "1"}\n{"q": null, "a": "1"}\n{"q": "4", "a": "5"}\n',
-                {1: "Expecting value", 2: "expected an object", 3: "no column 'a'", 4: "is null"}),
-    "a.json": ('[{"q": "1", "a": "2"}, 5, {"q": "1"}, {"q": "4", "a": "5"}]', {1: "found 5", 2: "no column 'a'"}),
+                {2: "Expecting value", 3: "expected an object", 4: "no column 'a'", 5: "is null"}),
+    "a.json": ('[{"q": "1", "a": "2"}, 5, {"q": "1"}, {"q": "4", "a": "5"}]',
+               {"1:24": "found 5", "1:27": "no column 'a'"}),
 }  # fmt: skip
+
+
+def test_rows_of_one_line_are_rows_of_their_own(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"q": ""}] * 3 + [{"q": "x"}]) + "\n")
+    with noted_in(BadRows(allowed=9)) as bad:
+        assert list(load_rows(path).map(lambda row: text(row, "q"))) == ["x"]
+    assert list(bad.faults.values()) == [[f"{path}:1", f"{path}:1:13", f"{path}:1:24"]]
 
 
 @pytest.mark.parametrize("name", BROKEN_FILES)
@@ -98,11 +184,42 @@ def test_reading_goes_on_behind_every_bad_row_of_a_file(name: str, tmp_path: Pat
     with noted_in(BadRows(allowed=9)) as bad:
         found = list(load_rows(path, ("q", "a")))
     assert found == [{"q": "1", "a": "2"}, {"q": "4", "a": "5"}]
-    assert len(bad.faults) == len(expected)
-    assert all(
-        fault.startswith(f"{path}:") and told in fault
-        for fault, told in zip(bad.faults, expected.values(), strict=True)
-    )
+    assert bad.count == len(bad.faults) == len(expected)
+    for (told, places), (line, part) in zip(bad.faults.items(), expected.items(), strict=True):
+        assert part in told and places[0].startswith(f"{path}:{line}")
+
+
+STRAY = "".join(f"{number},x\n" for number in range(3000))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (f'q,a\n1,2\n3,"4\n{STRAY}5,"6\n', ":3: a quote that is opened in this row goes on to line 3004: "),
+        (f'q,a\n1,2\n3,"4\n{STRAY}5,6"7\n', ":3: a quote that is opened in this row goes on to line 3004: "),
+        (f'q,a\n1,2\n3,"4\n{STRAY}5,6",7\n', ":3, "),
+        (f'q,a\n1,2\n3,"4\n{STRAY}5,6\n', ":3: a quote is opened in this row and never closed"),
+    ],
+)
+def test_a_stray_quote_that_swallows_rows_is_never_one_bad_row(content: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(content)
+    with noted_in(BadRows(allowed=9)), pytest.raises(DataError) as caught:
+        list(load_rows(path, ("q",)))
+    assert str(caught.value).startswith(f"{path}{message}") and len(str(caught.value)) < 1000
+
+
+def test_a_bad_record_of_several_lines_counts_them_all_and_a_bad_letter_in_one_does_not(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(b'q,a\n"1\n2\n3",x,y\n"4\n\xe9\n5",x\n6,7\n')
+    with noted_in(BadRows(allowed=9)) as bad:
+        assert list(load_rows(path)) == [{"q": "6", "a": "7"}]
+    assert [len(places) for places in bad.faults.values()] == [3, 1]
+    assert next(iter(bad.faults)) == "3 fields in lines 2 to 4, header has 2: is a quote missing?"
+    path.write_bytes(b'q,a\n"1\n\xe9\n3",x,y\n6,7\n')
+    with noted_in(BadRows(allowed=9)) as bad:
+        assert list(load_rows(path)) == [{"q": "6", "a": "7"}]
+    assert bad.count == 3
 
 
 def test_what_spoils_the_whole_file_is_no_bad_row(tmp_path: Path) -> None:
