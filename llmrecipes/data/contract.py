@@ -4,11 +4,10 @@ for check in check_contract(preprocessor, dataset_config, tokenizer, ["train", "
     print(check.outcome, check.promise, check.detail)
 """
 
-import logging
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations, islice
+from itertools import combinations, count, islice
 from typing import Any
 
 import numpy as np
@@ -34,17 +33,15 @@ from llmrecipes.data.made_rows import (
     RowError,
     iterated,
     named,
-    sample_of,
+    samples_of,
 )
 from llmrecipes.data.overlap import digest, held
-from llmrecipes.data.rows import BadRows, faults_text, noted_in
+from llmrecipes.data.rows import BadRowError, BadRows, allowed_bad_rows, faults_text, noted_in
 from llmrecipes.errors import LlmRecipesError, PluginError
 from llmrecipes.plugins import Plugin
 from llmrecipes.prompts import IGNORED_LABEL
 
 CHUNK_ROWS = 2048
-
-log = logging.getLogger("llmrecipes")
 
 PASS, FAIL, NOTE, SKIP = "pass", "FAIL", "note", "skip"
 """Kept; broken; not promised, but probably unwanted; not to be known, because another promise was broken."""
@@ -62,6 +59,9 @@ AGAIN = "a second call gives equal rows"
 TOKENIZER = "the tokenizer is left as it was"
 
 ROW_PROMISES = (KEYS, NUMBERS, LENGTHS, MASK, VOCABULARY, LABELS, SUPERVISED, END)
+REFUSED = (KEYS, NUMBERS, LENGTHS, MASK, VOCABULARY, LABELS, SUPERVISED)
+"""A row that breaks one of these is a bad row, which training leaves out as far as `skip_bad_rows` allows."""
+
 HABITS = (START, PROMPTS)
 """What is promised by nobody, and still nearly always meant."""
 
@@ -92,6 +92,13 @@ class Reading:
     digests: "array[int]" = field(default_factory=lambda: array("Q"))
     broken: dict[str, dict[int, str]] = field(default_factory=dict)
     """promise -> row -> how it breaks it"""
+    bad: BadRows = field(default_factory=BadRows)
+    """rows that the preprocessor could not make anything of"""
+
+    @property
+    def bad_count(self) -> int:
+        """Rows that training would leave out or refuse."""
+        return self.bad.count + len({row for promise in REFUSED for row in self.broken.get(promise, ())})
 
     def note(self, promise: str, row: int, detail: str) -> None:
         """Takes down that a row breaks a promise."""
@@ -121,48 +128,57 @@ def check_contract(
     ]
 
 
-def read_samples(preprocessor: Plugin, dataset_config: Any, tokenizer: Any, split: str) -> Iterator[Sample]:
+def read_samples(
+    preprocessor: Plugin, dataset_config: Any, tokenizer: Any, split: str, bad: BadRows
+) -> Iterator[Sample]:
     """Yields a split's rows as samples as they are, unsupervised and overlong ones too; rows are counted from 0.
 
-    Raises `PluginError` for what is no row at all.
+    Rows that cannot be used are noted in `bad`; raises `PluginError` for what is no row at all, where none is allowed.
     """
     place = f"{preprocessor.path.name}:{preprocessor.name}, split {split}"
-    with noted_in(BadRows(int(getattr(dataset_config, "skip_bad_rows", 0) or 0))) as bad:
-        made = preprocessor(dataset_config, tokenizer, split)
-        for number, row in enumerate(preprocessor.each(iterated(made, place))):
-            try:
-                yield sample_of(row, number)
-            except RowError as error:
-                raise PluginError(f"{place}, row {number}: {error}; promised is: {error.promise}") from None
-    if bad.faults:
-        log.warning("%s: left out %d bad rows: %s", place, len(bad.faults), faults_text(bad.faults))
+    with noted_in(bad):
+        made = preprocessor.each(samples_of(preprocessor(dataset_config, tokenizer, split), place))
+    for number in count():
+        with noted_in(bad):
+            found = next(made, None)
+        if isinstance(found, RowError) and not bad.allowed:
+            raise PluginError(f"{place}, row {number}: {found}; promised is: {found.promise}")
+        if isinstance(found, RowError):
+            bad.note(BadRowError(f"row {number}", str(found)))
+        elif found is None:
+            return
+        else:
+            yield found
 
 
 def _reading(preprocessor: Plugin, dataset_config: Any, tokenizer: Any, split: str, vocabulary_size: int) -> Reading:
     """Returns what one call gives; whatever goes wrong is taken down, not raised."""
-    reading = Reading(split)
+    reading = Reading(split, bad=BadRows(allowed_bad_rows(dataset_config)))
     marks = marks_of(tokenizer)
     try:
-        made = preprocessor(dataset_config, tokenizer, split)
-        reading.is_lasting = not isinstance(made, Iterator)
-        numbered = enumerate(preprocessor.each(iterated(made, f"split {split}")))
-        while chunk := list(islice(numbered, CHUNK_ROWS)):
-            reading.rows += len(chunk)
-            read = [_read_row(reading, row, number, vocabulary_size) for number, row in chunk]
-            _lint_rows(reading, [sample for sample in read if sample is not None], marks)
+        with noted_in(reading.bad):
+            made = preprocessor(dataset_config, tokenizer, split)
+            numbered = enumerate(preprocessor.each(samples_of(made, f"split {split}")))
+            while chunk := list(islice(numbered, CHUNK_ROWS)):
+                reading.rows += len(chunk)
+                read = [_read_row(reading, found, number, vocabulary_size) for number, found in chunk]
+                _lint_rows(reading, [sample for sample in read if sample is not None], marks)
+            again = () if isinstance(made, Iterator) else preprocessor.each(iterated(made, f"split {split}"))
+            reading.is_lasting = not reading.rows or any(True for _ in again)
     except LlmRecipesError as error:
         reading.error = str(error)
     if not reading.rows and not reading.error:
         reading.error = "no rows"
+    if reading.bad_count > reading.bad.allowed > 0 and not reading.error:
+        told = f": {faults_text(reading.bad.faults)}" if reading.bad.faults else ""
+        reading.error = f"{reading.bad_count} bad rows, and skip_bad_rows allows {reading.bad.allowed}{told}"
     return reading
 
 
-def _read_row(reading: Reading, row: Any, number: int, vocabulary_size: int) -> Sample | None:
-    """Returns the row as a sample where its tokens and labels can be talked about."""
-    try:
-        sample = sample_of(row, number)
-    except RowError as error:
-        reading.note(error.promise, number, str(error))
+def _read_row(reading: Reading, sample: Sample | RowError, number: int, vocabulary_size: int) -> Sample | None:
+    """Returns the sample where its tokens and labels can be talked about."""
+    if isinstance(sample, RowError):
+        reading.note(sample.promise, number, str(sample))
         return None
     ids, labels = sample.input_ids, sample.labels
     reading.digests.append(digest(ids, labels))
@@ -211,6 +227,7 @@ def _told(promise: str, faults: Sequence[str], outcome: str = FAIL) -> Check:
 def _row_check(promise: str, readings: Sequence[Reading]) -> Check:
     """Returns how the rows keep a promise; a row that is broken otherwise says nothing of it."""
     faults = []
+    refused = promise not in HABITS
     for reading in readings:
         broken = reading.broken.get(promise, {})
         if broken:
@@ -218,7 +235,10 @@ def _row_check(promise: str, readings: Sequence[Reading]) -> Check:
             faults.append(f"split {reading.split}, {named(list(broken))}: {first}")
     if not faults and not any(reading.digests for reading in readings) and promise != KEYS:
         return Check(SKIP, promise)
-    return _told(promise, faults, NOTE if promise in HABITS else FAIL)
+    if promise in REFUSED:
+        breaking = [reading for reading in readings if promise in reading.broken]
+        refused = any(reading.bad_count > reading.bad.allowed for reading in breaking)
+    return _told(promise, faults, FAIL if refused else NOTE)
 
 
 def _differ_check(readings: Sequence[Reading]) -> Check:

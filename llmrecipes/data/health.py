@@ -31,6 +31,7 @@ from llmrecipes.data.overlap import (
     repeats,
 )
 from llmrecipes.data.plans import padding_share
+from llmrecipes.data.rows import BadRows, faults_text
 from llmrecipes.prompts import IGNORED_LABEL
 
 CHUNK_ROWS = 2048
@@ -50,12 +51,13 @@ PROBLEM, FINDING, NOTE = "problem", "finding", "note"
 
 NO_TOKENS = "no tokens"
 OUTSIDE = "an id outside the vocabulary"
+WRONG_LABEL = "a label that is another id than its token's"
 EMPTY_ANSWER = "an empty answer"
 SHORT_ANSWER = "an answer of one character that is neither letter nor digit"
 ONE_LETTER = "an answer of one letter or digit"
 TEMPLATE = "prompts end unlike the tokenizer's own chat template"
 
-PROBLEMS = (NO_TOKENS, OUTSIDE, NOTHING_SUPERVISED)
+PROBLEMS = (NO_TOKENS, OUTSIDE, WRONG_LABEL, NOTHING_SUPERVISED)
 NOTES = (ONE_LETTER, TEMPLATE)
 
 
@@ -84,6 +86,13 @@ class Profile:
     overlong: int = 0
     faults: dict[str, list[int]] = field(default_factory=dict)
     """what is wrong -> the rows it is wrong with"""
+    bad: BadRows = field(default_factory=BadRows)
+    """rows of which no sample could be made"""
+
+    @property
+    def bad_count(self) -> int:
+        """Rows that training would leave out or refuse."""
+        return self.bad.count + len({row for fault in PROBLEMS for row in self.faults.get(fault, ())})
 
     def note(self, fault: str, rows: Iterable[int]) -> None:
         """Adds rows to a fault."""
@@ -120,9 +129,11 @@ class Digests:
         return cls(name, hashes_of(rows), hashes_of(questions))
 
 
-def profile_split(split: str, samples: Iterable[Sample], tokenizer: Any, limits: SampleLimits) -> Profile:
-    """Returns the profile of a split, whose rows are gone through once."""
-    profile = Profile(split, limits, Sketch(split))
+def profile_split(
+    split: str, samples: Iterable[Sample], tokenizer: Any, limits: SampleLimits, bad: BadRows | None = None
+) -> Profile:
+    """Returns the profile of a split, whose rows are gone through once; `bad`: where those that cannot be used go."""
+    profile = Profile(split, limits, Sketch(split), bad=bad or BadRows())
     marks = marks_of(tokenizer)
     for chunk in chunked(samples):
         profile.rows += len(chunk)
@@ -201,6 +212,9 @@ def _lint(profile: Profile, samples: Sequence[Sample], tokenizer: Any, marks: Ma
     size = profile.limits.vocabulary_size
     outside = [sample.row for sample in samples if not 0 <= sample.input_ids.min() <= sample.input_ids.max() < size]
     profile.note(OUTSIDE, outside)
+    supervised = [sample.labels != IGNORED_LABEL for sample in samples]
+    differ = [(s.labels[mask] != s.input_ids[mask]).any() for s, mask in zip(samples, supervised, strict=True)]
+    profile.note(WRONG_LABEL, (samples[place].row for place in np.flatnonzero(differ).tolist()))
     if profile.rows <= CHUNK_ROWS:
         examined = samples[:TEMPLATE_ROWS]
         profile.note(TEMPLATE, (sample.row for sample in examined if template_fault(sample, tokenizer)))
@@ -229,12 +243,17 @@ def _texts(tokenizer: Any, rows: Sequence[npt.NDArray[np.int32]], size: int) -> 
 
 
 def _profile_findings(profile: Profile) -> Iterator[Finding]:
+    refused = profile.bad_count > profile.bad.allowed
+    if profile.bad.count:
+        more = f" ({profile.bad_count} with those below), and skip_bad_rows allows {profile.bad.allowed}"
+        told = f"{profile.split}: {profile.bad.count} bad rows{more if refused else ' left out'}"
+        yield Finding(PROBLEM if refused else FINDING, f"{told}: {faults_text(profile.bad.faults)}")
     if not profile.rows:
         yield Finding(PROBLEM, f"{profile.split}: no rows in it")
         return
     order = [*PROBLEMS, *LINTS, EMPTY_ANSWER, SHORT_ANSWER, *NOTES]
     for fault in sorted(profile.faults, key=order.index):
-        level = PROBLEM if fault in PROBLEMS else NOTE if fault in NOTES else FINDING
+        level = PROBLEM if fault in PROBLEMS and refused else NOTE if fault in NOTES else FINDING
         total = min(profile.rows, TEMPLATE_ROWS) if fault == TEMPLATE else profile.rows
         yield Finding(level, _fault_text(profile.split, fault, profile.faults[fault], total))
     yield from _overlong_findings(profile)

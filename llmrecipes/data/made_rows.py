@@ -8,6 +8,7 @@ import numpy.typing as npt
 import torch
 
 from llmrecipes.batch import IdArray, Sample
+from llmrecipes.data.rows import shortened
 from llmrecipes.errors import PluginError
 
 NAMED_ROWS = 5
@@ -26,7 +27,7 @@ class RowError(ValueError):
     """A row that is no sample; `promise` is the one that it breaks."""
 
     def __init__(self, promise: str, detail: str) -> None:
-        super().__init__(detail)
+        super().__init__(shortened(detail))
         self.promise = promise
 
 
@@ -35,6 +36,15 @@ def named(rows: Sequence[int]) -> str:
     first = ", ".join(str(row) for row in rows[:NAMED_ROWS])
     more = f" and {len(rows) - NAMED_ROWS} more" if len(rows) > NAMED_ROWS else ""
     return f"{'row' if len(rows) == 1 else 'rows'} {first}{more}"
+
+
+def samples_of(made: Any, place: str) -> Iterator[Sample | RowError]:
+    """Yields each row that a preprocessor made as a sample, or what is wrong with it; raises `PluginError`."""
+    for number, row in enumerate(iterated(made, place)):
+        try:
+            yield sample_of(row, number)
+        except RowError as error:
+            yield error
 
 
 def iterated(made: Any, place: str) -> Iterable[Any]:

@@ -4,7 +4,6 @@ import logging
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from llmrecipes.data.loaders import Loader
 from llmrecipes.data.overlap import Overlap
 from llmrecipes.data.plans import BatchSettings, batch_plans
 from llmrecipes.data.preprocessors import dataset_section, load_preprocessor
+from llmrecipes.data.rows import BadRows, allowed_bad_rows, faults_text
 from llmrecipes.errors import ConfigError, DataError, PluginError
 from llmrecipes.models.loading import load_tokenizer, model_limits, resolve_model
 from llmrecipes.plugins import Plugin, plugin_folders
@@ -50,6 +50,8 @@ EXTRA_SPLIT = "test"
 
 PLAN_HEADER = ("batches", "rows", "steps", "not padding", "of context_length filled")
 
+log = logging.getLogger("llmrecipes")
+
 DataConfig = DataViewConfig | DataCheckConfig | DataDoctorConfig
 
 
@@ -63,9 +65,18 @@ class Source:
     vocabulary_size: int
     max_positions: int
 
-    def samples(self, split: str) -> Iterator[Sample]:
-        """Yields a split's samples as the preprocessor makes them."""
-        return read_samples(self.preprocessor, self.section, self.tokenizer, split)
+    def samples(self, split: str, bad: BadRows) -> Iterator[Sample]:
+        """Yields a split's samples as the preprocessor makes them; what cannot be used is noted in `bad`."""
+        return read_samples(self.preprocessor, self.section, self.tokenizer, split, bad)
+
+    def bad_rows(self) -> BadRows:
+        """Returns where the bad rows of one split are to be noted."""
+        return BadRows(allowed_bad_rows(self.section))
+
+    def profile(self, split: str, limits: SampleLimits) -> Profile:
+        """Returns the profile of a split."""
+        bad = self.bad_rows()
+        return profile_split(split, self.samples(split, bad), self.tokenizer, limits, bad)
 
     @property
     def name(self) -> str:
@@ -81,7 +92,9 @@ def view(loaded: Loaded[DataViewConfig], config_path: str | None) -> int:
     split = config.split or source.section.train_split
     numbers = wanted_rows(config.rows) if config.rows else list(range(config.samples))
     choose = packed_rows_shown if config.packed else samples_shown
-    shown = choose(config, source, split, numbers)
+    bad = source.bad_rows()
+    shown = choose(config, source, split, numbers, source.samples(split, bad))
+    tell_bad_rows(source, split, bad)
     tell_missing(config, split, numbers, len(shown))
     Console().print(samples_text(shown, config.listed_tokens), soft_wrap=True, end="")
     if config.html:
@@ -160,10 +173,26 @@ def tell_missing(config: DataViewConfig, split: str, numbers: Sequence[int], fou
         raise ConfigError(f"{asked}: the split {split} has fewer {what}; {found} of those asked for are there")
 
 
-def samples_shown(config: DataViewConfig, source: Source, split: str, numbers: Sequence[int]) -> list[Shown]:
+def tell_bad_rows(source: Source, split: str, bad: BadRows) -> None:
+    """Says which rows could not be shown, and whether training would do without them."""
+    if bad.count:
+        way = "" if bad.count <= bad.allowed else f"; skip_bad_rows allows {bad.allowed}, so training would refuse them"
+        log.warning(
+            "%s, split %s: left out %d bad rows: %s%s", source.name, split, bad.count, faults_text(bad.faults), way
+        )
+
+
+def samples_shown(
+    config: DataViewConfig, source: Source, split: str, numbers: Sequence[int], samples: Iterator[Sample]
+) -> list[Shown]:
     """Returns the samples of these numbers as they are shown; no row behind the last of them is read."""
     marks = marks_of(source.tokenizer)
-    chosen = {sample.row: sample for sample in islice(source.samples(split), max(numbers) + 1) if sample.row in numbers}
+    chosen = {}
+    for sample in samples:
+        if sample.row in numbers:
+            chosen[sample.row] = sample
+        if sample.row >= max(numbers):
+            break
     shown = []
     for number in dict.fromkeys(numbers):
         if number in chosen:
@@ -175,18 +204,20 @@ def samples_shown(config: DataViewConfig, source: Source, split: str, numbers: S
     return shown
 
 
-def packed_rows_shown(config: DataViewConfig, source: Source, split: str, numbers: Sequence[int]) -> list[Shown]:
+def packed_rows_shown(
+    config: DataViewConfig, source: Source, split: str, numbers: Sequence[int], samples: Iterator[Sample]
+) -> list[Shown]:
     """Returns rows of the first epoch as training packs them: the very tensors."""
     marks = marks_of(source.tokenizer)
-    samples = [s for s in source.samples(split) if 0 < len(s.input_ids) <= config.context_length]
+    fitting = [s for s in samples if 0 < len(s.input_ids) <= config.context_length]
     loader = Loader(
-        samples=samples, strategy="packing", row_tokens=config.context_length, batch_rows=1, seed=config.seed
+        samples=fitting, strategy="packing", row_tokens=config.context_length, batch_rows=1, seed=config.seed
     )
-    rows = loader.rows(0) if samples else []
+    rows = loader.rows(0) if fitting else []
     shown = []
     for number in dict.fromkeys(number for number in numbers if number < len(rows)):
         batch = loader.batch([rows[number]])
-        held = [samples[index] for index in rows[number]]
+        held = [fitting[index] for index in rows[number]]
         lints = [f"sample {s.row}: {lint}" for s in held for lint in sample_lints(s, source.tokenizer, marks)]
         documents, labels = batch.documents[0].numpy(), batch.labels[0].numpy()
         tokens = tokens_of(source.tokenizer, batch.input_ids[0].numpy(), labels, documents)
@@ -241,11 +272,11 @@ def write_page(path: Path, content: str) -> None:
 def profiles_of(config: DataDoctorConfig, source: Source, limits: SampleLimits) -> tuple[list[Profile], list[Finding]]:
     """Returns the profile of each split, and a note where there is no split `test`."""
     splits = list(dict.fromkeys(config.splits)) or own_splits(source.section)
-    profiles = [profile_split(split, source.samples(split), source.tokenizer, limits) for split in splits]
+    profiles = [source.profile(split, limits) for split in splits]
     if config.splits or EXTRA_SPLIT in splits:
         return profiles, []
     try:
-        return [*profiles, profile_split(EXTRA_SPLIT, source.samples(EXTRA_SPLIT), source.tokenizer, limits)], []
+        return [*profiles, source.profile(EXTRA_SPLIT, limits)], []
     except (DataError, PluginError) as error:
         why = str(error).splitlines()[0]
         return profiles, [Finding(NOTE, f"no split {EXTRA_SPLIT} was looked at ({why})")]

@@ -15,6 +15,7 @@ import torch
 
 from llmrecipes.data import contract
 from llmrecipes.data.contract import FAIL, HABITS, NOTE, PASS, PROMISES, SKIP, Check, check_contract, read_samples
+from llmrecipes.data.rows import BadRowError, BadRows, Rows
 from llmrecipes.errors import DataError, PluginError
 from llmrecipes.plugins import Plugin
 from llmrecipes.prompts import Piece, encode_sample, end_piece
@@ -34,10 +35,13 @@ def good_rows(tokenizer: Any, split: str) -> list[Row]:
 
 
 def checks(
-    function: Callable[[Any, Any, str], Any], tokenizer: Any, splits: tuple[str, ...] = ("train", "test")
+    function: Callable[[Any, Any, str], Any],
+    tokenizer: Any,
+    splits: tuple[str, ...] = ("train", "test"),
+    **settings: int,
 ) -> Any:
     plugin = Plugin(Path(__file__), "made", function)
-    found = check_contract(plugin, SimpleNamespace(), tokenizer, splits, len(tokenizer))
+    found = check_contract(plugin, SimpleNamespace(**settings), tokenizer, splits, len(tokenizer))
     return {check.promise: check for check in found}
 
 
@@ -241,11 +245,69 @@ def test_data_that_cannot_be_read_is_told_in_one_check(byte_tokenizer: Any) -> N
     )
 
 
+def read(function: Any, tokenizer: Any, bad: BadRows | None = None) -> list[Any]:
+    return list(read_samples(Plugin(Path(__file__), "made", function), None, tokenizer, "test", bad or BadRows()))
+
+
 def test_reading_keeps_unsupervised_rows_and_names_what_is_no_row(byte_tokenizer: Any) -> None:
-    silent = listed("labels", lambda ids: [-100] * len(ids))
-    samples = list(read_samples(Plugin(Path(__file__), "made", silent), None, byte_tokenizer, "test"))
+    samples = read(listed("labels", lambda ids: [-100] * len(ids)), byte_tokenizer)
     assert [sample.supervised_tokens > 0 for sample in samples] == [True, True, False, True]
     assert [sample.row for sample in samples] == [0, 1, 2, 3]
-    broken = Plugin(Path(__file__), "made", listed("labels", lambda ids: ids[:-1]))
+    broken = listed("labels", lambda ids: ids[:-1])
     with pytest.raises(PluginError, match=r"test_contract.py:made, split test, row 2: \d+ labels for \d+ input_ids"):
-        list(read_samples(broken, None, byte_tokenizer, "test"))
+        read(broken, byte_tokenizer)
+    bad = BadRows(allowed=1)
+    assert [sample.row for sample in read(broken, byte_tokenizer, bad)] == [0, 1, 3]
+    assert list(bad.faults.values()) == [["row 2"]]
+
+
+def test_bad_rows_are_noted_where_they_belong_whoever_else_reads_meanwhile(byte_tokenizer: Any) -> None:
+    rows = Rows(lambda: iter([BadRowError("a:1", "broken"), *good_rows(byte_tokenizer, "a")]), "a")
+    plugin = Plugin(Path(__file__), "made", whole(lambda tokenizer, split: rows))
+    first, second = BadRows(allowed=1), BadRows(allowed=1)
+    one, two = (read_samples(plugin, None, byte_tokenizer, "test", bad) for bad in (first, second))
+    next(one)
+    with pytest.raises(DataError, match="^a:1: broken$"):
+        list(rows)
+    next(two)
+    one.close()
+    assert len(list(two)) == 3
+    assert (first.count, second.count) == (1, 1)
+
+
+class Spent:
+    """Rows that look as if they could be gone through again, and cannot."""
+
+    def __init__(self, tokenizer: Any, split: str) -> None:
+        self.rows = iter(good_rows(tokenizer, split))
+
+    def __iter__(self) -> Iterator[Row]:
+        return self.rows
+
+
+def test_what_can_be_gone_through_again_is_gone_through_again(byte_tokenizer: Any) -> None:
+    assert checks(whole(Spent), byte_tokenizer)[contract.LASTING].outcome == FAIL
+    lasting = whole(lambda tokenizer, split: Rows(lambda: iter(good_rows(tokenizer, split)), "a"))
+    assert checks(lasting, byte_tokenizer)[contract.LASTING].outcome == PASS
+
+
+def with_bad_rows(config: Any, tokenizer: Any, split: str) -> Any:
+    """Two rows of the file that cannot be used, and one of the preprocessor's."""
+    rows = [*good_rows(tokenizer, split), {"input_ids": [1, len(split)], "labels": [-100, -100]}]
+    faults = [BadRowError("a.csv:3", "1 field"), BadRowError("a.csv:5", "1 field")]
+    return Rows(lambda: iter([*faults, *rows]), "a.csv")
+
+
+@pytest.mark.parametrize("allowed", [0, 1, 2, 3, 4])
+def test_the_check_allows_for_as_many_bad_rows_as_training_would(allowed: int, byte_tokenizer: Any) -> None:
+    found = checks(with_bad_rows, byte_tokenizer, skip_bad_rows=allowed)
+    returns, supervised = found[contract.RETURNS], found[contract.SUPERVISED]
+    if allowed == 0:
+        assert returns.outcome == FAIL and "split train: a.csv:3: 1 field; split test" in returns.detail
+    elif allowed < 3:
+        told = f"3 bad rows, and skip_bad_rows allows {allowed}: a.csv:3, a.csv:5: 1 field"
+        assert returns == Check(FAIL, contract.RETURNS, f"split train: {told}; split test: {told}")
+        assert supervised.outcome == FAIL
+    else:
+        assert FAIL not in {check.outcome for check in found.values()}
+        assert supervised.outcome == NOTE and "row 4: all labels" in supervised.detail

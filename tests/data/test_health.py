@@ -18,6 +18,7 @@ from llmrecipes.data.health import (
     OUTSIDE,
     PROBLEM,
     SHORT_ANSWER,
+    WRONG_LABEL,
     findings,
     overlaps_of,
     profile_split,
@@ -26,6 +27,7 @@ from llmrecipes.data.health import (
 from llmrecipes.data.lints import LINTS, NO_END, NOTHING_SUPERVISED
 from llmrecipes.data.loaders import Loader
 from llmrecipes.data.plans import padding_share
+from llmrecipes.data.rows import BadRowError, BadRows
 from llmrecipes.data.samples import SampleLimits
 from llmrecipes.prompts import Piece, encode_sample, end_piece
 
@@ -159,6 +161,25 @@ def test_overlap_by_each_kind_is_a_finding_of_its_own(byte_tokenizer: Any) -> No
         "test and train: by the same numbers in the question and the same answer, 20 of 20 rows (100.0 %) of test "
         "stand in train"
     ]
+
+
+@pytest.mark.parametrize(("allowed", "level"), [(0, PROBLEM), (3, PROBLEM), (4, FINDING)])
+def test_bad_rows_are_a_problem_where_there_are_more_than_may_be_left_out(
+    allowed: int, level: str, byte_tokenizer: Any
+) -> None:
+    samples = encoded(byte_tokenizer, asked("a", 30))
+    samples[3] = replace(samples[3], labels=np.full_like(samples[3].labels, -100))
+    samples[4] = replace(samples[4], labels=np.where(samples[4].labels > 0, samples[4].labels + 1, -100))
+    bad = BadRows(allowed=9)
+    bad.note(BadRowError("a.csv:2", "1 field"))
+    bad.note(BadRowError("a.csv:7", "1 field"))
+    bad.allowed = allowed
+    told = findings([profile_split("train", samples, byte_tokenizer, LIMITS, bad)], [])
+    more = f" (4 with those below), and skip_bad_rows allows {allowed}" if level == PROBLEM else " left out"
+    assert (told[0].level, told[0].text) == (level, f"train: 2 bad rows{more}: a.csv:2, a.csv:7: 1 field")
+    others = {finding.text.split(": ")[2]: finding.level for finding in told[1:]}
+    assert others[WRONG_LABEL] == level
+    assert level in (found for text, found in others.items() if text.startswith(NOTHING_SUPERVISED))
 
 
 # --- the trainer's part -----------------------------------------------------------------------------------------------

@@ -204,6 +204,31 @@ def test_view_shows_the_samples_asked_for_in_their_order(run: Any, plugin: str) 
     assert "".join(row[5] for row in table) == "<s>After␣2?␣3</s>"
 
 
+def test_all_three_do_without_as_many_bad_rows_as_training_would(
+    run: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for split, first in (("train", 0), ("validation", 100)):
+        lines = [f"Add.,{n} + 1,{n + 1}" for n in range(first, first + 12)]
+        lines[3:3] = ["Add.,5", "6"]
+        (tmp_path / f"{split}.csv").write_text("\n".join(["instruction,input,output", *lines]) + "\n")
+    place = {"arithmetic_dataset.data_path": str(tmp_path)}
+    for allowed in ("1", "2"):
+        flags = {**place, "arithmetic_dataset.skip_bad_rows": allowed}
+        code, text = run("check", "arithmetic", **flags)
+        assert (code, "2 bad rows, and skip_bad_rows allows 1" in text) == ((2, True) if allowed == "1" else (0, False))
+        code, text = run("doctor", "arithmetic", strict="true", splits="train", **flags)
+        assert code == 2
+        more = " (2 with those below), and skip_bad_rows allows 1" if allowed == "1" else " left out"
+        level = "problem" if allowed == "1" else "finding"
+        assert f"{level}  train: 2 bad rows{more}: {tmp_path}/train.csv:5: " in text
+        caplog.clear()
+        _, text = run("view", "arithmetic", rows="11", **flags)
+        assert "train, sample 11" in text and "arithmetic, split train: left out 2 bad rows: " in caplog.text
+        assert ("so training would refuse them" in caplog.text) == (allowed == "1")
+    with pytest.raises(DataError, match="train.csv:5: 2 fields, header has 3"):
+        run("view", "arithmetic", rows="11", **place)
+
+
 def test_view_shows_rows_as_training_packs_them(run: Any, plugin: str) -> None:
     _, text = run("view", f"{plugin}:counts", packed="true", context_length="30", samples="1", listed_tokens="0")
     assert "2 documents" in text
