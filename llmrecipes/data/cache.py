@@ -1,129 +1,77 @@
 """Tokenized splits, kept between runs and never stale: an entry is used only where all that it was made of is the same.
 
 An entry is named by what is known before a split is read: the plug-in's and our own source, the tokenizer, the data
-set's settings, the split. Beside its arrays lies a manifest with the size and SHA-256 of every file that was opened
-meanwhile, whoever opened it; each is hashed again before the entry is used. Times of files count for nothing.
+set's settings, the split. Beside its arrays lies a manifest of all that was read meanwhile (see `inputs`), each thing
+with what it was when it was first met; all of it is looked at again before the entry is used. Where anything may have
+been read that nobody noted, nothing is kept, and the user is told why.
 """
 
-import ast
+import errno
 import hashlib
 import json
 import logging
 import os
 import random
+import re
 import shutil
 import sys
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from importlib.metadata import version
-from importlib.util import source_from_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from llmrecipes.data.inputs import Inputs, content, is_as_told
+from llmrecipes.data.preprocessors import is_shipped
+from llmrecipes.data.purity import doubt
+from llmrecipes.data.rendering import DATED, tells_the_date
 from llmrecipes.data.store import KINDS, SampleStore, mapped_store
-from llmrecipes.errors import ConfigError
 from llmrecipes.plugins import Plugin
 
 LAYOUT = 2
 """Goes up when an entry's files change their meaning."""
 
+ENTRIES = "tokenized"
+"""Folder within the user's that all entries lie in: what lies beside it is not ours."""
+
+ENTRY = re.compile(r"[0-9a-f]{64}")
+
 MANIFEST = "manifest.json"
+
+TEMPORARY = ".tmp-"
 
 KEPT_BYTES = 20 << 30
 """Size of all entries beyond which those not used for longest are removed."""
 
-PROGRAMS = (
-    *(str(Path(place).resolve()) for place in (sys.prefix, sys.base_prefix, Path(__file__).parents[1])),
-    *("/proc/", "/sys/", "/dev/", "/etc/"),
-)
-"""Where installed code and the system's own files lie: opening one of those says nothing about the data."""
+STALE_SECONDS = 24 * 3600
+"""Age from which a temporary folder is nobody's any more: its process was killed."""
 
-UNKNOWN_EVENTS = ("socket.connect", "subprocess.Popen", "os.posix_spawn", "os.exec", "os.fork", "sqlite3.connect")
-"""What a plug-in may do to get its data, by the names of Python's audit events, and of which no file tells."""
+LIBRARIES = ("tokenizers", "transformers", "numpy", "pyarrow", "jinja2")
+"""Packages that have a say in what a sample is."""
 
-UNSEEN_READERS = ("datasets", "duckdb", "h5py", "lmdb", "polars", "pyarrow", "sqlite3")
-"""Packages that open files without Python: a plug-in that imports one of them is read anew in every run."""
+PASSING = ("deprecation_warnings", "verbose")
+"""What a tokenizer holds that has no say in what it makes."""
 
 log = logging.getLogger("llmrecipes")
 
 
-@dataclass
-class Inputs:
-    """What a split was made of, noted while it is read."""
-
-    files: dict[Path, None] = field(default_factory=dict)
-    unknown: bool = False
-    """something was read of which nobody can tell whether it will be the same"""
-
-
-_reading: list[Inputs] = []
-"""The split that is being read, if one is: threads of a plug-in note their files here too."""
-
-
-def note_input(path: Path) -> None:
-    """Notes that a file is read; what Python itself opens is seen without."""
-    for inputs in _reading[-1:]:
-        inputs.files[path.resolve()] = None
-
-
-def note_unknown_input() -> None:
-    """Notes that something is read that cannot be hashed: the split is not kept."""
-    for inputs in _reading[-1:]:
-        inputs.unknown = True
-
-
-def _opened(event: str, arguments: tuple[Any, ...]) -> None:
-    """Python's audit hook (PEP 578): sees every file that Python code opens, and what no file stands behind."""
-    if not _reading:
-        return
-    if event in UNKNOWN_EVENTS:
-        note_unknown_input()
-    if event != "open" or not isinstance(arguments[0], str | bytes | os.PathLike):
-        return
-    if isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR):
-        return
-    path = os.fsdecode(arguments[0])
-    if not os.path.realpath(path).startswith(PROGRAMS):
-        note_input(Path(_source(path)))
-
-
-def _source(path: str) -> str:
-    """Returns the source of a compiled module, which is what the user edits."""
-    if path.endswith(".pyc"):
-        try:
-            return source_from_cache(path)
-        except (ValueError, NotImplementedError):
-            return path
-    return path
-
-
-class _Watch:
-    """Installs the hook, which Python keeps for good, once."""
-
-    installed = False
-
-    @classmethod
-    def install(cls) -> None:
-        if not cls.installed:
-            sys.addaudithook(_opened)
-            cls.installed = True
-
-
-@contextmanager
-def watched() -> Iterator[Inputs]:
-    """Notes all files that are opened within."""
-    _Watch.install()
-    inputs = Inputs()
-    _reading.append(inputs)
-    try:
-        yield inputs
-    finally:
-        _reading.remove(inputs)
+def unkept_reason(preprocessor: Plugin, tokenizer: Any) -> str:
+    """Returns why nobody could tell whether a data set is the same in the next run; "" where it can be told."""
+    if preprocessor.source is None:
+        return "its file is not known"
+    if preprocessor.sibling("get_data_collator"):
+        return "it brings get_data_collator"
+    if not hasattr(tokenizer, "backend_tokenizer") or not type(tokenizer).__module__.startswith("transformers."):
+        return "its tokenizer is a program of its own"
+    if tells_the_date(tokenizer) and b"apply_chat_template" in preprocessor.source:
+        return DATED
+    return "" if is_shipped(preprocessor) else doubt(preprocessor.source)
 
 
 # --- the name of an entry ---------------------------------------------------------------------------------------------
@@ -131,48 +79,36 @@ def watched() -> Iterator[Inputs]:
 
 def entry_name(preprocessor: Plugin, dataset_config: Any, tokenizer: Any, split: str) -> str:
     """Returns the SHA-256 of all that is known of a split before it is read."""
-    settings = vars(dataset_config) if hasattr(dataset_config, "__dict__") else {"": dataset_config}
-    parts = {
-        "layout": LAYOUT,
-        "code": {str(path): _sha256(path) for path in _code(preprocessor)},
-        "function": [str(preprocessor.path), preprocessor.name],
-        "tokenizer": _tokenizer_identity(tokenizer),
-        "versions": {name: version(name) for name in ("tokenizers", "transformers", "numpy")},
-        "settings": {str(name): repr(value) for name, value in settings.items()},
-        "split": split,
-        "folder": str(Path.cwd()),  # relative paths of data mean others elsewhere
-    }
+    parts = name_parts(preprocessor, dataset_config, tokenizer, split)
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _code(preprocessor: Plugin) -> list[Path]:
-    """Returns the sources that make the samples: the plug-in's file, what it imports from beside it, and ours."""
-    folder = preprocessor.path.parent
-    files = {preprocessor.path, *Path(__file__).parent.glob("*.py"), *Path(__file__).parents[1].glob("*.py")}
-    for module in list(sys.modules.values()):
-        file = getattr(module, "__file__", None)
-        if file and Path(file).parent == folder:
-            files.add(Path(file))
-    return sorted(path for path in files if path.is_file())
+def name_parts(preprocessor: Plugin, dataset_config: Any, tokenizer: Any, split: str) -> dict[str, object]:
+    """Returns what an entry is named by."""
+    settings = vars(dataset_config) if hasattr(dataset_config, "__dict__") else {"": dataset_config}
+    ours = [*Path(__file__).parent.glob("*.py"), *Path(__file__).parents[1].glob("*.py")]
+    return {
+        "layout": LAYOUT,
+        "plug-in": hashlib.sha256(preprocessor.source or b"").hexdigest(),
+        "function": [str(preprocessor.path), preprocessor.name],
+        "our code": [content(path) for path in sorted(ours)],
+        "tokenizer": tokenizer_identity(tokenizer),
+        "versions": [sys.version, *(version(name) for name in LIBRARIES)],
+        "settings": {str(name): repr(value) for name, value in settings.items()},
+        "split": split,
+        # What relative paths and `~` mean; `Path` would raise where there is no home.
+        "folders": [str(Path.cwd()), os.path.expanduser("~")],  # noqa: PTH111
+    }
 
 
-def reads_unseen(preprocessor: Plugin) -> bool:
-    """Returns whether the plug-in's code imports a package whose reading nobody can follow."""
-    ours = Path(__file__).parents[1]
-    trees = [ast.parse(path.read_bytes()) for path in _code(preprocessor) if ours not in path.parents]
-    nodes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
-    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    names |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
-    return any(name.split(".")[0] in UNSEEN_READERS for name in names)
-
-
-def _tokenizer_identity(tokenizer: Any) -> str:
-    core = getattr(tokenizer, "backend_tokenizer", None)
+def tokenizer_identity(tokenizer: Any) -> str:
+    """Returns the SHA-256 of all that has a say in a tokenizer's ids."""
+    attributes = {name: repr(value) for name, value in vars(tokenizer).items() if name[0] != "_"}
     told = [
-        type(tokenizer).__name__,
-        core.to_str() if core is not None else repr(tokenizer),
-        repr(getattr(tokenizer, "special_tokens_map", None)),
-        repr(getattr(tokenizer, "chat_template", None)),
+        type(tokenizer).__qualname__,
+        tokenizer.backend_tokenizer.to_str(),
+        repr(tokenizer.special_tokens_map),
+        *(f"{name} {attributes[name]}" for name in sorted(set(attributes) - set(PASSING))),
     ]
     return hashlib.sha256("\0".join(told).encode()).hexdigest()
 
@@ -182,70 +118,104 @@ def _tokenizer_identity(tokenizer: Any) -> str:
 
 @dataclass(frozen=True)
 class Entry:
-    """A kept split: its samples, what was said while it was read, and what was wrong with which rows."""
+    """A split as it was read: its samples, what was said meanwhile, and what was wrong with which rows."""
 
     store: SampleStore
     notices: tuple[str, ...]
     faults: Mapping[str, list[int]]
+    """what is wrong -> rows of the preprocessor's"""
     bad_rows: Mapping[str, list[str]]
+    """what is wrong -> places in the files"""
+
+    @property
+    def bad_count(self) -> int:
+        """Rows that cannot be used."""
+        return sum(map(len, self.faults.values())) + sum(map(len, self.bad_rows.values()))
+
+
+def entry_folder(cache: Path, name: str) -> Path:
+    """Returns where an entry of the user's cache folder lies."""
+    return cache / ENTRIES / name
 
 
 def kept_entry(folder: Path, seed: int) -> Entry | None:
-    """Returns the entry in `folder` where every file it was made of is as it was, else None."""
+    """Returns the entry in `folder` where all that it was made of is as it was, else None."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        same_seed = manifest["seed"] in (None, seed)
-        files = {**manifest["inputs"], **{str(folder / name): told for name, told in manifest["arrays"].items()}}
-        if not same_seed or not all(_is_as_told(Path(path), *told) for path, told in files.items()):
+        store = mapped_store(folder)  # before it is looked at: another process may put a newer one there
+        same = manifest["seed"] in (None, seed) and manifest["arrays"] == _digests(store)
+        if not same or not all(is_as_told(*found) for found in manifest["inputs"]):
             return None
-        os.utime(folder)
-        store = mapped_store(folder)
+        with suppress(OSError):  # a cache that may only be read serves, too
+            os.utime(folder)
         return Entry(store, tuple(manifest["notices"]), manifest["faults"], manifest["bad_rows"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-@contextmanager
-def new_entry(cache: Path) -> Iterator[Path]:
-    """Gives a folder to write an entry into; it is removed again unless `keep` has moved it to its place."""
-    temporary = cache / f".tmp-{uuid.uuid4().hex}"
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-    except OSError as error:
-        raise ConfigError(f"--data_cache {cache}: cannot be written to ({error.strerror}); --data_cache off") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+def new_folder(cache: Path) -> Path:
+    """Returns a folder to write an entry into, to be removed unless `keep` moves it to its place; raises `OSError`."""
+    temporary = cache / ENTRIES / f"{TEMPORARY}{uuid.uuid4().hex}"
+    temporary.mkdir(parents=True)
+    return temporary
 
 
-def keep(temporary: Path, folder: Path, inputs: Inputs, seed: int | None, entry: Entry) -> None:
-    """Moves an entry to its place where all that it was made of is known; `seed` None: it made no difference."""
-    files = [path for path in inputs.files if temporary.resolve() not in path.parents]
-    if inputs.unknown or not files:
-        return
+def keep(temporary: Path, folder: Path, inputs: Inputs, seed: int | None, entry: Entry) -> str:
+    """Moves an entry to its place; `seed` None: it made no difference. Returns why it was not kept, or ""."""
+    if inputs.unknown:
+        return inputs.unknown
+    if not inputs.told:
+        return "it reads no file by load_split or load_rows"
+    if inputs.changed:
+        return f"{inputs.changed} was changed while it was read"
     manifest = {
         "seed": seed,
-        "inputs": {str(path): _told(path) for path in files if path.is_file()},
-        "arrays": {f"{name}.bin": _told(temporary / f"{name}.bin") for name in KINDS},
+        "inputs": [[kind, path, told] for (kind, path), told in inputs.told.items()],
+        "arrays": _digests(entry.store),
         "notices": entry.notices,
         "faults": dict(entry.faults),
         "bad_rows": dict(entry.bad_rows),
     }
-    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    if folder.exists():
-        shutil.rmtree(folder)
-    temporary.rename(folder)
-    _prune(folder)
+    aside = folder.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
+    try:
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        with suppress(FileNotFoundError):
+            folder.rename(aside)  # whoever reads it goes on reading
+        temporary.rename(folder)
+    except OSError as error:
+        faster = error.errno in (errno.ENOTEMPTY, errno.EEXIST)  # another process, which kept the same
+        return "" if faster else f"{folder}: {error.strerror or error}"
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    with suppress(OSError):
+        _prune(folder)
+    return ""
+
+
+def _digests(store: SampleStore) -> dict[str, str]:
+    return {name: hashlib.sha256(np.ascontiguousarray(getattr(store, name)).data).hexdigest() for name in KINDS}
 
 
 def _prune(newest: Path) -> None:
-    """Removes the entries not used for longest where all of them together are too large."""
-    entries = sorted(newest.parent.glob("[!.]*"), key=lambda entry: -entry.stat().st_mtime)
+    """Removes what killed processes left, and the entries not used for longest where all are too large together."""
+    entries = []
+    for folder in newest.parent.iterdir():
+        with suppress(OSError):  # another process may remove it at the same time
+            files = list(folder.iterdir())
+            used = folder.stat().st_mtime
+            written = max([used, *(file.stat().st_mtime for file in files)])
+            if folder.name.startswith(TEMPORARY) and time.time() - written > STALE_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
+            elif ENTRY.fullmatch(folder.name) and folder / MANIFEST in files:
+                entries.append((used, sum(file.stat().st_size for file in files), folder))
     total = 0
-    for entry in entries:
-        total += sum(file.stat().st_size for file in entry.glob("*"))
-        if total > KEPT_BYTES and entry != newest:
-            shutil.rmtree(entry, ignore_errors=True)
+    for _, size, folder in sorted(entries, reverse=True):
+        total += size
+        if total > KEPT_BYTES and folder != newest:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+# --- what reading leaves ----------------------------------------------------------------------------------------------
 
 
 def random_states() -> list[bytes]:
@@ -273,16 +243,3 @@ class _Gather(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self._take(record.getMessage())
-
-
-def _told(path: Path) -> tuple[int, str]:
-    return path.stat().st_size, _sha256(path)
-
-
-def _is_as_told(path: Path, size: int, sha256: str) -> bool:
-    return path.is_file() and path.stat().st_size == size and _sha256(path) == sha256
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from llmrecipes.data.cache import note_input, note_unknown_input
 from llmrecipes.data.formats import READERS, Record, check_columns, record, row_estimate
+from llmrecipes.data.inputs import data_files, note_content, note_place, note_unknown
 from llmrecipes.data.rows import Row, Rows
 from llmrecipes.errors import DataError
 
@@ -30,7 +30,7 @@ def load_rows(path: Path, columns: Sequence[str] = ()) -> Rows[Row]:
         raise DataError(f"{path}: the suffix {path.suffix!r} is not one of {', '.join(READERS)}")
 
     def read() -> Iterator[Record]:
-        note_input(path)
+        note_content(path)
         try:
             if path.is_file() and not path.stat().st_size:
                 raise DataError(f"{path}: the file is empty")
@@ -40,7 +40,11 @@ def load_rows(path: Path, columns: Sequence[str] = ()) -> Rows[Row]:
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
 
-    return Rows(read, str(path), lambda: row_estimate(path))
+    def estimate() -> int:
+        note_content(path)
+        return row_estimate(path)
+
+    return Rows(read, str(path), estimate)
 
 
 def load_split(
@@ -54,9 +58,11 @@ def load_split(
     """
     flag = f"--{getattr(dataset_config, 'dataset', '') or 'custom_dataset'}.data_path"
     given = str(getattr(dataset_config, "data_path", "") or "")
-    if not given and default_path and not Path(default_path).is_dir():
-        command = f"llmrecipes data create {Path(default_path).name}"
-        raise DataError(f"{default_path}: no such folder: make it with `{command}`, or give {flag} FOLDER")
+    if not given and default_path:
+        note_place(Path(default_path))
+        if not Path(default_path).is_dir():
+            command = f"llmrecipes data create {Path(default_path).name}"
+            raise DataError(f"{default_path}: no such folder: make it with `{command}`, or give {flag} FOLDER")
     if given or default_path:
         train_split = getattr(dataset_config, "train_split", "train")
         return load_rows(_split_file(_expanded(given or default_path), split, train_split, flag), columns)
@@ -70,6 +76,7 @@ def load_hub(hub_name: str, split: str, columns: Sequence[str] = (), *, way_out:
     import datasets
 
     place = f"hub data set {hub_name}, split {split}"
+    note_unknown(f"the hub may hold another {hub_name} by then")
     try:
         loaded = datasets.load_dataset(hub_name, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
@@ -78,7 +85,6 @@ def load_hub(hub_name: str, split: str, columns: Sequence[str] = (), *, way_out:
     check_columns(loaded.column_names, columns, place)
 
     def read() -> Iterator[Record]:
-        note_unknown_input()  # the hub may hold a newer one by the next run
         for number, values in enumerate(loaded, start=1):
             yield record(values, columns, f"{place}: row {number}")
 
@@ -87,6 +93,7 @@ def load_hub(hub_name: str, split: str, columns: Sequence[str] = (), *, way_out:
 
 def save_rows(files: Mapping[Path, Sequence[Mapping[str, str]]]) -> None:
     """Writes each file, as JSON lines or CSV by its suffix. No file is replaced before all are written in full."""
+    note_unknown("it writes files")
     parts = {path: path.with_name(f".{path.name}.part") for path in files}
     try:
         for path, rows in files.items():
@@ -99,7 +106,9 @@ def save_rows(files: Mapping[Path, Sequence[Mapping[str, str]]]) -> None:
         for path, part in parts.items():
             part.replace(path)
     except OSError as error:
-        raise DataError(f"{error.filename or next(iter(files))}: cannot be written: {error.strerror}") from None
+        raise DataError(
+            f"{error.filename or next(iter(files))}: cannot be written: {error.strerror or error}"
+        ) from None
     finally:
         for part in parts.values():
             if part.parent.is_dir():
@@ -130,6 +139,7 @@ def _expanded(given: str) -> Path:
 
 def _split_file(place: Path, split: str, train_split: str, flag: str) -> Path:
     """Returns the file of `split`: `place` itself, or the one file of that name in the folder `place`."""
+    note_place(place)
     if not place.exists():
         raise DataError(f"{place}: no such file or folder; {flag} names a file, or a folder with one file per split")
     if not place.is_dir():
@@ -140,9 +150,9 @@ def _split_file(place: Path, split: str, train_split: str, flag: str) -> Path:
             )
         return place
     try:
-        files = sorted(file for file in place.iterdir() if _is_data_file(file))
+        files = data_files(place)
     except OSError as error:
-        raise DataError(f"{place}: cannot be read: {error.strerror}") from None
+        raise DataError(f"{place}: cannot be read: {error.strerror or error}") from None
     found = [file for file in files if file.stem == split or file.stem.endswith((f"_{split}", f"-{split}"))]
     if len(found) == 1:
         return found[0]
@@ -152,10 +162,6 @@ def _split_file(place: Path, split: str, train_split: str, flag: str) -> Path:
         f"{place}: no file for the split {split!r}, expected {split}.csv or NAME_{split}.csv "
         f"(or {', '.join(list(READERS)[1:])}); it holds {_names(files) or 'no data file'}"
     )
-
-
-def _is_data_file(file: Path) -> bool:
-    return file.suffix.lower() in READERS and not file.name.startswith(".") and file.is_file()
 
 
 def _names(files: Sequence[Path]) -> str:

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from llmrecipes.data.files import load_hub, load_split
+from llmrecipes.data.inputs import note_place
 from llmrecipes.data.rows import Row, Rows
 from llmrecipes.errors import ConfigError, DataError
 
@@ -54,7 +55,7 @@ def sources_of(data_path: str) -> list[Source]:
     """Returns the sources that a data path names; raises `ConfigError` where it cannot be read."""
     if not data_path:
         raise ConfigError(f"{FLAG} is required: a file, a folder with one file per split, or hub:NAME")
-    if Path(data_path).expanduser().exists():
+    if _is_there(data_path):
         return [Source(data_path)]
     sources = [_source(part.strip(), data_path) for part in data_path.split(",")]
     paths = [source.path for source in sources]
@@ -69,7 +70,7 @@ def sources_of(data_path: str) -> list[Source]:
 
 def _source(part: str, data_path: str) -> Source:
     path, equals, given = part.rpartition("=")
-    if not equals or Path(part).expanduser().exists():
+    if not equals or _is_there(part):
         path, given = part, ""
     if not path:
         raise ConfigError(f"{FLAG} {data_path}: a source without a name; write A,B or A=0.7,B=0.3")
@@ -82,6 +83,11 @@ def _source(part: str, data_path: str) -> Source:
     if not 0 < weight < math.inf:
         raise ConfigError(f"{FLAG} {data_path}: the weight {given!r} of {path} is no number above 0")
     return Source(path, weight)
+
+
+def _is_there(path: str) -> bool:
+    note_place(Path(path).expanduser())
+    return Path(path).expanduser().exists()
 
 
 def draw_counts(sizes: Sequence[int], weights: Sequence[float], seed: int) -> list[list[int]]:

@@ -28,6 +28,11 @@ def load_preprocessor(config: DatasetOptions, folders: Sequence[Path]) -> Plugin
     return load_plugin(DATASETS[config.dataset], "dataset", "", [shipped_folder("custom_datasets")])
 
 
+def is_shipped(preprocessor: Plugin) -> bool:
+    """Returns whether a preprocessor is in one of our own files, whatever else lies beside them."""
+    return preprocessor.path in {shipped_folder("custom_datasets") / name.split(":")[0] for name in DATASETS.values()}
+
+
 def dataset_section(config: DatasetOptions) -> Any:
     """Returns the section of the chosen data set: what its preprocessor gets as `dataset_config`."""
     return getattr(config, config.dataset)

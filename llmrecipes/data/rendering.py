@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from llmrecipes.data.inputs import note_unknown
 from llmrecipes.data.turns import TEMPLATE_FLAG, Turn, control_tokens, either
 from llmrecipes.errors import ConfigError, DataError
 from llmrecipes.prompts import Piece
@@ -57,8 +58,18 @@ class TokenizerTemplate:
         return [True for turn in turns if turn.supervised]
 
 
+DATED = "the tokenizer's chat template tells the date"
+
+
+def tells_the_date(tokenizer: Any) -> bool:
+    """Returns whether a chat template may write something else tomorrow, as Llama 3.1's does."""
+    return "strftime_now" in str(getattr(tokenizer, "chat_template", None))
+
+
 def rendered(tokenizer: Any, turns: Sequence[Turn], *, prompt: bool = False) -> str:
     """Returns what the tokenizer's template makes of turns; `prompt`: up to where an answer begins."""
+    if tells_the_date(tokenizer):
+        note_unknown(DATED)
     messages = [{"role": turn.role, "content": turn.content} for turn in turns]
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))

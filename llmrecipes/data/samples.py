@@ -3,8 +3,9 @@
 samples, notices = load_samples(preprocessor, dataset_config, tokenizer, "train", limits)
 """
 
+import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import length_hint
 from pathlib import Path
 from typing import Any
@@ -14,20 +15,22 @@ import numpy as np
 from llmrecipes.batch import Sample
 from llmrecipes.data.cache import (
     Entry,
+    entry_folder,
     entry_name,
     heard,
     keep,
     kept_entry,
-    new_entry,
+    new_folder,
     random_states,
-    reads_unseen,
-    watched,
+    unkept_reason,
 )
+from llmrecipes.data.inputs import watched
 from llmrecipes.data.limits import Overlong, SampleLimits
-from llmrecipes.data.made_rows import RowError, iterated, named, sample_of
-from llmrecipes.data.rows import BadRows, faults_text, noted_in
+from llmrecipes.data.made_rows import RowError, named, samples_of
+from llmrecipes.data.purity import remembered
+from llmrecipes.data.rows import KEPT_FAULTS, BadRows, allowed_bad_rows, faults_text, noted_in
 from llmrecipes.data.store import SampleStore, StoreBuilder
-from llmrecipes.errors import DataError, PluginError
+from llmrecipes.errors import ConfigError, DataError, PluginError
 from llmrecipes.plugins import Plugin
 from llmrecipes.prompts import IGNORED_LABEL
 
@@ -45,6 +48,8 @@ class Reading:
     cache: Path | None = None
     seed: int = 0
     progress: Progress | None = None
+    asked_for: bool = True
+    """whether the user named the cache: one that cannot be written to is then an error, and else a notice"""
 
 
 @dataclass
@@ -65,7 +70,7 @@ class Faults:
     @property
     def text(self) -> str:
         """The first rows of every fault."""
-        return "; ".join(f"{named(rows)}: {fault}" for fault, rows in self.rows.items())
+        return faults_text(self.rows, named)
 
 
 def load_samples(
@@ -83,7 +88,7 @@ def load_samples(
     than rows of ids and labels.
     """
     place = f"{preprocessor.path.name}:{preprocessor.name}, split {split}"
-    allowed = _allowed(dataset_config)
+    allowed = allowed_bad_rows(dataset_config)
     entry = _entry(preprocessor, dataset_config, tokenizer, split, reading or Reading())
     faults, overlong = Faults({fault: list(rows) for fault, rows in entry.faults.items()}), Overlong(limits)
     samples = _within_limits(entry.store, limits, faults, overlong)
@@ -101,10 +106,6 @@ def load_samples(
     if not len(samples):
         raise DataError("; ".join([*notices, "no sample is left"]) if notices else f"{place}: no samples in it")
     return samples, notices
-
-
-def _allowed(dataset_config: Any) -> int:
-    return int(getattr(dataset_config, "skip_bad_rows", 0) or 0)
 
 
 def _within_limits(store: SampleStore, limits: SampleLimits, faults: Faults, overlong: Overlong) -> SampleStore:
@@ -136,19 +137,53 @@ def _within_limits(store: SampleStore, limits: SampleLimits, faults: Faults, ove
 def _entry(preprocessor: Plugin, dataset_config: Any, tokenizer: Any, split: str, reading: Reading) -> Entry:
     """Returns the split as the preprocessor makes it, from the cache where all that it was made of is the same."""
     arguments = (dataset_config, tokenizer, split)
-    if reading.cache is None or reads_unseen(preprocessor):
+    if reading.cache is None:
         return _read(preprocessor, arguments, StoreBuilder(), reading)
-    folder = reading.cache / entry_name(preprocessor, *arguments)
+    why = unkept_reason(preprocessor, tokenizer)
+    if why:
+        return _unkept(preprocessor, _read(preprocessor, arguments, StoreBuilder(), reading), why)
+    folder = entry_folder(reading.cache, entry_name(preprocessor, *arguments))
     kept = kept_entry(folder, reading.seed)
     if kept is not None:
         return kept
-    with new_entry(reading.cache) as temporary, watched() as inputs:
-        states = random_states()
-        entry = _read(preprocessor, arguments, StoreBuilder(temporary), reading)
-        moved = random_states() != states
-        if sum(map(len, [*entry.bad_rows.values(), *entry.faults.values()])) <= _allowed(dataset_config):
-            keep(temporary, folder, inputs, reading.seed if moved else None, entry)
-    return entry
+    try:
+        temporary = new_folder(reading.cache)
+    except OSError as error:
+        why = f"{reading.cache} cannot be written to ({error.strerror or error})"
+        if reading.asked_for:
+            raise ConfigError(f"--data_cache {why}; --data_cache off keeps nothing") from None
+        return _unkept(preprocessor, _read(preprocessor, arguments, StoreBuilder(), reading), why)
+    try:
+        entry, why = _read_and_keep(preprocessor, arguments, reading, temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return _unkept(preprocessor, entry, why) if why else entry
+
+
+def _unkept(preprocessor: Plugin, entry: Entry, why: str) -> Entry:
+    """Returns the entry with a word on why the next run will read anew."""
+    told = f"{preprocessor.path.name}:{preprocessor.name}: its samples are made anew in each run: {why}"
+    return replace(entry, notices=(*entry.notices, told))
+
+
+def _read_and_keep(
+    preprocessor: Plugin, arguments: tuple[Any, Any, str], reading: Reading, temporary: Path, folder: Path
+) -> tuple[Entry, str]:
+    """Returns the split as the preprocessor makes it, and why it could not be kept in `folder`, or ""."""
+    builder = StoreBuilder(temporary)
+    module = preprocessor.module
+    states, held = random_states(), remembered(module)
+    with watched() as inputs:
+        entry = _read(preprocessor, arguments, builder, reading)
+    if entry.bad_count > allowed_bad_rows(arguments[0]):
+        return entry, ""  # it will be refused
+    if builder.failure is not None:
+        return entry, f"{reading.cache} cannot be written to ({builder.failure.strerror or builder.failure})"
+    if entry_name(preprocessor, *arguments) != folder.name:
+        return entry, "it changes its tokenizer or settings"
+    if remembered(module) != held:
+        return entry, "it keeps something from one call to the next"
+    return entry, keep(temporary, folder, inputs, reading.seed if random_states() != states else None, entry)
 
 
 def _read(preprocessor: Plugin, arguments: tuple[Any, Any, str], builder: StoreBuilder, reading: Reading) -> Entry:
@@ -156,24 +191,22 @@ def _read(preprocessor: Plugin, arguments: tuple[Any, Any, str], builder: StoreB
     dataset_config, _, split = arguments
     place = f"{preprocessor.path.name}:{preprocessor.name}, split {split}"
     faults = Faults()
-    with noted_in(BadRows(_allowed(dataset_config))) as bad, heard() as notices:
+    with noted_in(BadRows(allowed_bad_rows(dataset_config))) as bad, heard() as notices:
         made = preprocessor(*arguments)
         total = _about(made) if reading.progress else 0
-        for number, row in enumerate(preprocessor.each(iterated(made, place))):
+        for number, found in enumerate(preprocessor.each(samples_of(made, place))):
             if reading.progress and number % TOLD_EVERY == 0:
                 reading.progress(number, total)
-            try:
-                sample = sample_of(row, number)
-            except RowError as error:
-                if not bad.allowed:
-                    raise PluginError(f"{place}, row {number}: {error}") from None
-                faults.add(str(error), number)
-                continue
-            fault = _fault(sample)
+            if isinstance(found, RowError) and not bad.allowed:
+                raise PluginError(f"{place}, row {number}: {found}")
+            fault = str(found) if isinstance(found, RowError) else _fault(found)
             if fault:
                 faults.add(fault, number)
-            else:
-                builder.add(sample)
+            elif isinstance(found, Sample):
+                builder.add(found)
+            if fault and bad.count + faults.count > bad.allowed + KEPT_FAULTS:
+                told = "; ".join(filter(None, (faults.text, faults_text(bad.faults))))
+                raise DataError(f"{place}: {told}; skip_bad_rows allows {bad.allowed}, so no more rows were read")
     return Entry(builder.finish(), tuple(notices), faults.rows, bad.faults)
 
 

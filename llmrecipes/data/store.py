@@ -97,9 +97,11 @@ class SampleStore(Sequence[Sample]):
 
 @dataclass
 class StoreBuilder:
-    """Gathers samples into a store: into files of `folder`, or without one into memory."""
+    """Gathers samples into a store: into files of `folder`, or without one, or once it is full, into memory."""
 
     folder: Path | None = None
+    failure: OSError | None = None
+    """why `folder` is no longer written to"""
     _parts: dict[str, list[npt.NDArray[Any]]] = field(default_factory=lambda: {"ids": [], "supervised": []})
     _waiting: list[Sample] = field(default_factory=list)
     _waiting_tokens: int = 0
@@ -123,30 +125,43 @@ class StoreBuilder:
         ends = np.array(self._ends, dtype=np.int64)
         starts = np.concatenate([np.zeros(min(1, len(ends)), dtype=np.int64), ends[:-1]])
         small = {"starts": starts, "ends": ends, "rows": np.array(self._rows, dtype=np.int64)}
-        if self.folder is None:
-            large = {
-                name: np.concatenate([np.zeros(0, KINDS[name]), *parts]).astype(KINDS[name], copy=False)
-                for name, parts in self._parts.items()
-            }
-            return SampleStore(**large, **small)
-        for name in self._parts:
-            (self.folder / f"{name}.bin").touch()
-        for name, values in small.items():
-            values.tofile(self.folder / f"{name}.bin")
-        return mapped_store(self.folder)
+        if self.folder is not None:
+            try:
+                for name, values in small.items():
+                    _append(self.folder, name, values)
+                return mapped_store(self.folder)
+            except OSError as error:
+                self._go_on_in_memory(self.folder, self._tokens, error)
+        large = {name: np.concatenate([np.zeros(0, KINDS[name]), *parts]) for name, parts in self._parts.items()}
+        return SampleStore(**{name: values.astype(KINDS[name], copy=False) for name, values in (large | small).items()})
 
     def _flush(self) -> None:
-        if not self._waiting:
-            return
-        ids = np.concatenate([sample.input_ids for sample in self._waiting])
-        supervised = np.concatenate([sample.labels for sample in self._waiting]) != IGNORED_LABEL
-        for name, values in (("ids", ids), ("supervised", supervised)):
-            if self.folder is None:
+        ids = np.concatenate([np.zeros(0, np.int32), *(sample.input_ids for sample in self._waiting)])
+        labels = np.concatenate([np.zeros(0, np.int32), *(sample.labels for sample in self._waiting)])
+        arrays = {"ids": ids, "supervised": labels != IGNORED_LABEL}
+        if self.folder is not None:
+            try:
+                for name, values in arrays.items():
+                    _append(self.folder, name, values)
+            except OSError as error:
+                self._go_on_in_memory(self.folder, self._tokens - self._waiting_tokens, error)
+        if self.folder is None:
+            for name, values in arrays.items():
                 self._parts[name].append(values)
-            else:
-                with (self.folder / f"{name}.bin").open("ab") as file:
-                    values.tofile(file)
         self._waiting, self._waiting_tokens = [], 0
+
+    def _go_on_in_memory(self, folder: Path, written_tokens: int, failure: OSError) -> None:
+        """Takes back what was written in full, before the folder could take no more."""
+        self.folder, self.failure = None, failure
+        for name, parts in self._parts.items():
+            path = folder / f"{name}.bin"
+            if path.exists():
+                parts.append(np.fromfile(path, KINDS[name], written_tokens))
+
+
+def _append(folder: Path, name: str, values: npt.NDArray[Any]) -> None:
+    with (folder / f"{name}.bin").open("ab") as file:
+        file.write(values.data)  # `tofile` does not say why it fails
 
 
 def store_of(samples: Sequence[Sample]) -> SampleStore:

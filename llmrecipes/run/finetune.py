@@ -178,7 +178,7 @@ def build_loaders(
         layout=layout,
     )
     found = quick_findings({"train": training, "validation": validation}, tokenizer)
-    return Loaders(training, validation, (*notices, *more, *found), lanes)
+    return Loaders(training, validation, tuple(dict.fromkeys((*notices, *more, *found))), lanes)
 
 
 def build_optimizer(config: RunConfig, plugins: Plugins, parameters: Sequence[torch.nn.Parameter]) -> Optimizer:

@@ -98,7 +98,8 @@ def load_split(
     set_seeds(config.seed)
     limits = sample_limits(config, source)
     with reading(f"reading {split}") as progress:
-        how = Reading(data_cache_folder(config.data_cache), config.seed, progress)
+        cache = data_cache_folder(config.data_cache)
+        how = Reading(cache, config.seed, progress, asked_for=config.data_cache != "auto")
         found = load_samples(preprocessor, dataset_section(config), tokenizer, split, limits, how)
     set_seeds(config.seed)
     return found
@@ -108,7 +109,12 @@ def data_cache_folder(data_cache: str) -> Path | None:
     """Returns where tokenized splits are kept, None for nowhere."""
     if data_cache == "off":
         return None
-    return cache_folder() / "data" if data_cache == "auto" else local_path(data_cache)
+    if data_cache != "auto":
+        return local_path(data_cache)
+    try:
+        return cache_folder() / "data"
+    except RuntimeError:  # the user has no home folder
+        return None
 
 
 def sample_limits(config: Any, source: str) -> SampleLimits:

@@ -3,6 +3,7 @@
 from collections import UserDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from transformers import BatchEncoding
 from llmrecipes.batch import Sample
 from llmrecipes.data.limits import SampleLimits
 from llmrecipes.data.made_rows import named
+from llmrecipes.data.rows import KEPT_FAULTS
 from llmrecipes.data.samples import load_samples
 from llmrecipes.data.store import SampleStore
 from llmrecipes.errors import DataError, LlmRecipesError, PluginError
@@ -292,6 +294,35 @@ def test_where_the_model_sets_the_limit_raising_the_context_is_no_advice() -> No
 )
 def test_rows_are_named_and_then_counted(rows: list[int], text: str) -> None:
     assert named(rows) == text
+
+
+def test_an_exception_of_a_row_of_somebodys_own_kind_is_the_authors() -> None:
+    class Own(dict[str, Any]):
+        def __getitem__(self, name: str) -> Any:
+            raise ZeroDivisionError("nobody saw this coming")
+
+    with pytest.raises(PluginError, match="in the rows of rows: ZeroDivisionError: nobody saw this coming"):
+        load([ROW, Own(ROW)])
+
+
+def test_far_too_many_bad_rows_end_the_reading() -> None:
+    read: list[int] = []
+
+    def rows() -> Iterator[Any]:
+        for number in range(10 * KEPT_FAULTS):
+            read.append(number)
+            yield {"input_ids": [], "labels": []}
+
+    with pytest.raises(DataError, match="row.* 0, 1, 2, 3, 4 and 996 more: no tokens; .*so no more rows were read"):
+        load(rows())
+    assert len(read) == KEPT_FAULTS + 1
+
+
+def test_a_message_is_kept_short_whatever_a_row_holds() -> None:
+    plugin = Plugin(Path("mine.py"), "rows", lambda *_: [{"input_ids": [5] * n, "labels": [5]} for n in range(2, 99)])
+    with pytest.raises(DataError, match="; and 92 rows with 92 other faults; 97 bad rows, and skip_bad_rows allows 9"):
+        load_samples(plugin, SimpleNamespace(skip_bad_rows=9), None, "train", LIMITS)
+    assert len(told([{"input_ids": IDS, **{"x" * 10_000: 1}}], PluginError)) < 400
 
 
 # --- overlong samples, as the user chose ------------------------------------------------------------------------------

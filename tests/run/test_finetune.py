@@ -526,6 +526,16 @@ def test_a_tracker_of_ones_own_is_told_everything(finetune: Command, tmp_path: P
     assert (tmp_path / "told.txt").read_text().split() == ["start", "step", "step", "step", "evaluation", "end"]
 
 
+def test_why_samples_are_not_kept_is_told_once_for_all_splits(
+    finetune: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert finetune(tmp_path / "out", run_validation="true", num_epochs="1") == 0
+    told = "sums.py:sums: its samples are made anew in each run: it reads no file by load_split or load_rows"
+    assert capsys.readouterr().out.count(told) == 1
+    assert finetune(tmp_path / "off", run_validation="true", num_epochs="1", data_cache="off") == 0
+    assert "made anew" not in capsys.readouterr().out
+
+
 def test_the_plan_and_the_summary_say_where_everything_is(
     finetune: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,5 +1,6 @@
 """Laws of what the commands share: what ends an answer, in which type it is computed, what is left open and becomes."""
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,10 +10,14 @@ import pytest
 import torch
 
 from llmrecipes.command import run_command
+from llmrecipes.config.loading import load_config
+from llmrecipes.config.schema import RunConfig
+from llmrecipes.errors import ConfigError
+from llmrecipes.plugins import load_plugin
 from llmrecipes.prompt_contract import load_contract
 from llmrecipes.run import evaluate as evaluation
 from llmrecipes.run import infer as inference
-from llmrecipes.run.preparing import set_seeds, stop_token_ids
+from llmrecipes.run.preparing import data_cache_folder, load_split, set_seeds, stop_token_ids
 
 Command = Callable[..., int]
 
@@ -78,3 +83,64 @@ def test_one_seed_is_one_stream_of_numbers() -> None:
         set_seeds(seed)
         drawn.append(torch.rand(3).tolist())
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+DRAWING = """
+import random
+
+from llmrecipes.data.files import load_split
+from llmrecipes.prompts import encode_pairs
+
+
+def drawn(dataset_config, tokenizer, split):
+    pairs = [(row["q"], row["a"]) for row in load_split(dataset_config, split, ("q", "a"))]
+    random.shuffle(pairs)
+    return encode_pairs(tokenizer, pairs)
+"""
+
+
+@pytest.fixture
+def drawing(tiny_folder: Path, tmp_path: Path, byte_tokenizer: Any) -> Callable[..., tuple[list[str], float, float]]:
+    """Reads twenty rows in an order drawn at random; returns texts and the numbers that are drawn next."""
+    (tmp_path / "drawing.py").write_text(DRAWING)
+    (tmp_path / "train.csv").write_text("q,a\n" + "".join(f"{n},{n}\n" for n in range(20)))
+    plugin = load_plugin(str(tmp_path / "drawing.py:drawn"), "custom_dataset.file", "", [])
+
+    def read(**flags: str) -> tuple[list[str], float, float]:
+        given = {"model_name": str(tiny_folder), "output_dir": "out", "dataset": "custom_dataset"}
+        data = {"custom_dataset.file": "drawing.py", "custom_dataset.data_path": str(tmp_path), "context_length": "64"}
+        config = load_config(RunConfig, {**given, **data, "data_cache": str(tmp_path / "cache"), **flags}).config
+        samples, _ = load_split(config, byte_tokenizer, plugin, "train", str(tiny_folder))
+        return [byte_tokenizer.decode(each.input_ids) for each in samples], random.random(), torch.rand(1).item()
+
+    return read
+
+
+def test_what_is_drawn_neither_depends_on_what_was_read_before_nor_on_the_cache(drawing: Any, tmp_path: Path) -> None:
+    cold = drawing(seed="7")
+    assert len(list((tmp_path / "cache" / "tokenized").iterdir())) == 1
+    random.random()
+    warm = drawing(seed="7")
+    off = drawing(seed="7", data_cache="off")
+    assert cold == warm == off
+    assert drawing(seed="8")[0] != cold[0]
+    set_seeds(7)
+    assert cold[1:] == (random.random(), torch.rand(1).item())
+
+
+def test_without_a_home_folder_the_automatic_cache_is_done_without(
+    drawing: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for value in (str(tmp_path / "train.csv"), "~nobody-of-that-name/x"):
+        monkeypatch.setenv("LLMRECIPES_CACHE", value)
+        assert len(drawing(data_cache="auto")[0]) == 20
+    monkeypatch.setenv("LLMRECIPES_CACHE", str(tmp_path / "usual"))
+    assert data_cache_folder("auto") == tmp_path / "usual" / "data"
+    assert data_cache_folder("off") is None and data_cache_folder("x/y") == Path("x/y")
+    monkeypatch.setenv("LLMRECIPES_CACHE", "~nobody-of-that-name/x")
+    assert data_cache_folder("auto") is None
+
+
+def test_a_folder_that_the_user_named_and_that_cannot_be_written_to_is_refused(drawing: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--data_cache .*train.csv cannot be written to"):
+        drawing(data_cache=str(tmp_path / "train.csv"))
