@@ -29,7 +29,7 @@ import torch
 
 from llmrecipes.data.inputs import Inputs, content, is_as_told
 from llmrecipes.data.preprocessors import is_shipped
-from llmrecipes.data.purity import doubt
+from llmrecipes.data.purity import doubt, is_as_first_seen
 from llmrecipes.data.rendering import DATED, tells_the_date
 from llmrecipes.data.store import KINDS, SampleStore, mapped_store
 from llmrecipes.plugins import Plugin
@@ -63,7 +63,7 @@ log = logging.getLogger("llmrecipes")
 
 def unkept_reason(preprocessor: Plugin, tokenizer: Any) -> str:
     """Returns why nobody could tell whether a data set is the same in the next run; "" where it can be told."""
-    if preprocessor.source is None:
+    if preprocessor.module is None or preprocessor.source is None:
         return "its file is not known"
     if preprocessor.sibling("get_data_collator"):
         return "it brings get_data_collator"
@@ -71,7 +71,8 @@ def unkept_reason(preprocessor: Plugin, tokenizer: Any) -> str:
         return "its tokenizer is a program of its own"
     if tells_the_date(tokenizer) and b"apply_chat_template" in preprocessor.source:
         return DATED
-    return "" if is_shipped(preprocessor) else doubt(preprocessor.source)
+    why = "" if is_shipped(preprocessor) else doubt(preprocessor.source)
+    return why or ("" if is_as_first_seen(preprocessor.module) else "it keeps something from one call to the next")
 
 
 # --- the name of an entry ---------------------------------------------------------------------------------------------

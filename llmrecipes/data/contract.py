@@ -48,6 +48,8 @@ PASS, FAIL, NOTE, SKIP = "pass", "FAIL", "note", "skip"
 
 RETURNS = "returns rows for every split"
 LASTING = "what it returns can be gone through again, as a list can"
+"""A generator cannot. More than going through is not asked of it: neither a length nor an index."""
+
 LABELS = "a label is its token's own id, or -100"
 SUPERVISED = "every row has a token to learn"
 END = "every row ends with a supervised end token"

@@ -14,6 +14,7 @@ import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
+from weakref import WeakKeyDictionary
 
 STANDARD = (
     "__future__", "abc", "bisect", "collections", "collections.abc", "copy", "dataclasses", "difflib", "enum",
@@ -79,9 +80,15 @@ def doubt(source: bytes) -> str:
     return next((f"line {line}: it {told}" for line, told in sorted(judge.doubts)), "")
 
 
-def remembered(module: ModuleType | None) -> dict[str, str]:
-    """Returns the values that a module holds, as text: another once a call has left something for the next."""
-    return {name: repr(value) for name, value in vars(module).items() if name[:2] != "__"} if module else {}
+_first_seen: WeakKeyDictionary[ModuleType, dict[str, str]] = WeakKeyDictionary()
+"""Modules that were asked for, and what they held then."""
+
+
+def is_as_first_seen(module: ModuleType) -> bool:
+    """Returns whether a module holds what it did when this was first asked, before any call: no call may find what
+    an earlier one has left, as that of another split, which the next run may not make."""
+    held = {name: repr(value) for name, value in vars(module).items() if name[:2] != "__"}
+    return _first_seen.setdefault(module, held) == held
 
 
 class _Judge(ast.NodeVisitor):

@@ -27,7 +27,6 @@ from llmrecipes.data.cache import (
 from llmrecipes.data.inputs import watched
 from llmrecipes.data.limits import Overlong, SampleLimits
 from llmrecipes.data.made_rows import RowError, named, samples_of
-from llmrecipes.data.purity import remembered
 from llmrecipes.data.rows import KEPT_FAULTS, BadRows, allowed_bad_rows, faults_text, noted_in
 from llmrecipes.data.store import SampleStore, StoreBuilder
 from llmrecipes.errors import ConfigError, DataError, PluginError
@@ -171,8 +170,7 @@ def _read_and_keep(
 ) -> tuple[Entry, str]:
     """Returns the split as the preprocessor makes it, and why it could not be kept in `folder`, or ""."""
     builder = StoreBuilder(temporary)
-    module = preprocessor.module
-    states, held = random_states(), remembered(module)
+    states = random_states()
     with watched() as inputs:
         entry = _read(preprocessor, arguments, builder, reading)
     if entry.bad_count > allowed_bad_rows(arguments[0]):
@@ -181,9 +179,10 @@ def _read_and_keep(
         return entry, f"{reading.cache} cannot be written to ({builder.failure.strerror or builder.failure})"
     if entry_name(preprocessor, *arguments) != folder.name:
         return entry, "it changes its tokenizer or settings"
-    if remembered(module) != held:
-        return entry, "it keeps something from one call to the next"
-    return entry, keep(temporary, folder, inputs, reading.seed if random_states() != states else None, entry)
+    why = unkept_reason(preprocessor, arguments[1])
+    if not why:
+        why = keep(temporary, folder, inputs, reading.seed if random_states() != states else None, entry)
+    return entry, why
 
 
 def _read(preprocessor: Plugin, arguments: tuple[Any, Any, str], builder: StoreBuilder, reading: Reading) -> Entry:

@@ -95,6 +95,13 @@ def remembering(dataset_config, tokenizer, split):
     return encode_pairs(tokenizer, found)
 
 
+def leaving_out_what_was_seen(dataset_config, tokenizer, split):
+    if split == "train":
+        return remembering(dataset_config, tokenizer, split)
+    found = pairs(load_split(dataset_config, split, ("q", "a")))
+    return encode_pairs(tokenizer, [pair for pair in found if pair not in SEEN])
+
+
 def changing_the_tokenizer(dataset_config, tokenizer, split):
     tokenizer.add_tokens([f"<{split}>"])
     return rows(dataset_config, tokenizer, split)
@@ -350,6 +357,17 @@ def test_a_plug_in_that_changes_its_settings_is_never_kept(case: Case) -> None:
     for _ in range(2):
         assert "it changes its tokenizer or settings" in case.load("changing_the_settings", more=[])[1][-1]
         assert not case.entries
+
+
+def test_a_split_that_depends_on_what_another_ones_call_left_is_neither_kept_nor_used(case: Case) -> None:
+    function = "leaving_out_what_was_seen"
+    assert len(case.load(function, "test")[0]) == 5 and not case.load(function, "test")[2]
+    (case.data / "train.csv").write_text("q,a\ntest0,0\n")
+    plugin = case.found(function)
+    for split, count in (("train", 1), ("test", 4)):
+        texts, notices, called = case.run(plugin, split)
+        assert called and len(texts) == count and "it keeps something from one call to the next" in notices[-1]
+    assert len(case.entries) == 1
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 
-from llmrecipes.data.purity import OWN, STANDARD, doubt, remembered
+from llmrecipes.data.purity import OWN, STANDARD, doubt, is_as_first_seen
 
 HARMLESS = '''
 """What __subclasses__ are, open() and all: a docstring may say anything."""
@@ -236,8 +236,8 @@ def test_a_file_that_takes_the_name_of_a_known_module_is_doubted(
 def test_what_a_module_holds_is_known_by_its_values() -> None:
     mine = ModuleType("mine")
     mine.seen, mine.made = {"a": [1]}, lambda: None  # type: ignore[attr-defined]
-    before = remembered(mine)
-    assert remembered(mine) == before
+    assert is_as_first_seen(mine) and is_as_first_seen(mine)
     mine.seen["a"].append(2)  # type: ignore[attr-defined]
-    assert remembered(mine) != before
-    assert remembered(None) == {}
+    assert not is_as_first_seen(mine) and not is_as_first_seen(mine)
+    mine.seen["a"].pop()  # type: ignore[attr-defined]
+    assert is_as_first_seen(mine)
