@@ -110,12 +110,6 @@ PRECISION_CONFLICTS = (
 
 ACTIVATION_MEMORY = ("auto", "keep", "recompute", "offload")
 
-CACHE_CONFLICTS = (
-    Conflict(
-        lambda c: not c.data_cache.strip(), "--data_cache is empty: expected auto, off, or a folder such as data/cache"
-    ),
-)
-
 RUN_CONFLICTS = (
     Conflict(
         lambda c: c.fit != "auto" and not size_in_bytes(c.fit),
@@ -213,7 +207,7 @@ OLD_NAMES = {
 """Older llama-recipes spellings -> today's names."""
 
 CACHE_WORDS = {
-    **dict.fromkeys(("off", "false", "no", "none", "null", "0"), "off"),
+    **dict.fromkeys(("", "off", "false", "no", "none", "null", "0"), "off"),
     **dict.fromkeys(("auto", "true", "yes", "on", "1"), "auto"),
 }
 """What --data_cache may be besides a folder -> what it means."""
@@ -234,8 +228,8 @@ def renamed(item: Given) -> list[tuple[Given, str | None]]:
     if key == "quantization" and str(value).lower() in ("true", "false"):
         new_value = "8bit" if str(value).lower() == "true" else None
         return [(replace(item, key=key, value=new_value), f"{item.origin} {value} is read as {new_value}")]
-    if key == "data_cache" and str(value).lower() in CACHE_WORDS:
-        return [(replace(item, key=key, value=CACHE_WORDS[str(value).lower()]), None)]
+    if key == "data_cache" and str(value).strip().lower() in CACHE_WORDS:
+        return [(replace(item, key=key, value=CACHE_WORDS[str(value).strip().lower()]), None)]
     if isinstance(value, str) and value.startswith(("StateDictType.", "ShardingStrategy.")):
         return [(replace(item, key=key, value=value.split(".", 1)[1]), None)]
     return [(replace(item, key=key), None)]
@@ -286,12 +280,11 @@ def _effects(config: object) -> tuple[Effect, ...]:
 
 def _conflicts(config: object) -> tuple[Conflict, ...]:
     if isinstance(config, RunConfig):
-        return DATASET_CONFLICTS + PRECISION_CONFLICTS + CACHE_CONFLICTS + RUN_CONFLICTS
+        return DATASET_CONFLICTS + PRECISION_CONFLICTS + RUN_CONFLICTS
     if isinstance(config, TokenizerOptions):
         return DATASET_CONFLICTS + TOKENIZER_CONFLICTS
     if isinstance(config, DatasetOptions):
-        more = PRECISION_CONFLICTS + CACHE_CONFLICTS if isinstance(config, EvaluationConfig) else ()
-        return DATASET_CONFLICTS + more
+        return DATASET_CONFLICTS + (PRECISION_CONFLICTS if isinstance(config, EvaluationConfig) else ())
     return NOT_SHIPPED + PRECISION_CONFLICTS if isinstance(config, InferenceConfig) else ()
 
 

@@ -88,18 +88,13 @@ def test_an_undotted_name_of_a_data_set_is_the_chosen_ones() -> None:
 @pytest.mark.parametrize(
     ("given", "meant"),
     [
-        *((word, "off") for word in ("off", "OFF", "false", "no", "none", "None", "0", None)),
+        *((word, "off") for word in ("", " ", "off", "OFF", "false", "no", "none", "None", "0", None)),
         *((word, "auto") for word in ("auto", "true", "yes", "1")),
         *((word, word) for word in ("cache", "./none", "~/off", "/tmp/no")),
     ],
 )
 def test_the_cache_is_off_automatic_or_a_folder(given: Any, meant: str) -> None:
     assert load(data_cache=given).data_cache == meant
-
-
-@pytest.mark.parametrize("empty", ["", " "])
-def test_an_empty_cache_folder_is_refused(empty: str) -> None:
-    assert problems(data_cache=empty) == ["--data_cache is empty: expected auto, off, or a folder such as data/cache"]
 
 
 INEFFECTIVE: list[tuple[dict[str, Any], str]] = [
