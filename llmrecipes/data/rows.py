@@ -26,6 +26,9 @@ TOLD_CHARACTERS = 300
 KEPT_FAULTS = 1000
 """Bad rows beyond those allowed after which nobody needs to know how many more there are."""
 
+NOWHERE = "a row"
+"""Where a row stands that does not know it, as one that has become a plain dict."""
+
 log = logging.getLogger("llmrecipes")
 
 Item = TypeVar("Item")
@@ -74,7 +77,8 @@ class BadRows:
         try:
             yield
         except DataError as error:
-            self.note(BadRowError(place, str(error).removeprefix(f"{place}: ")), met)
+            told = str(error).removeprefix(f"{place}: ").removeprefix(f"{NOWHERE}: ")
+            self.note(BadRowError(place, told), met)
 
     def note(self, fault: DataError, met: Met | None = None) -> None:
         """Takes a fault down; raises it where no row may be left out, and stops where there are far too many.
@@ -89,7 +93,7 @@ class BadRows:
         if (str(fault), met[str(fault)]) in self._noted:
             return
         self._noted.add((str(fault), met[str(fault)]))
-        place, told = (fault.place, fault.told) if isinstance(fault, BadRowError) else ("a row", str(fault))
+        place, told = (fault.place, fault.told) if isinstance(fault, BadRowError) else (NOWHERE, str(fault))
         self.faults.setdefault(told, []).append(place)
         if self.count > self.allowed + KEPT_FAULTS:
             raise DataError(f"{faults_text(self.faults)}; skip_bad_rows allows {self.allowed}")
@@ -216,7 +220,7 @@ def with_text(rows: Rows[Row], column: str, title: str) -> Rows[Row]:
 def text(row: Mapping[str, Any], column: str, *, blank_allowed: bool = False) -> str:
     """Returns the text of one column; raises `DataError` naming the row where it is blank or no text."""
     value = row[column]
-    place = getattr(row, "place", "a row")
+    place = getattr(row, "place", NOWHERE)
     if not isinstance(value, str):
         raise BadRowError(place, f"column {column!r} holds {value!r:.40}, expected text: write it in quotes")
     if not blank_allowed and not value.strip():

@@ -99,6 +99,11 @@ def test_a_place_is_carried_through_all_that_is_made_of_a_row() -> None:
     assert bad.faults == {"it begins with b": ["a.csv:2", "a.csv:3"]}
 
 
+def test_a_row_that_has_become_a_plain_dict_is_told_with_its_place() -> None:
+    with pytest.raises(DataError, match=r"^a.csv:2: column 'q' is blank: "):
+        list(rows_of("a", " ").map(lambda row: {**row}).map(lambda row: text(row, "q")))
+
+
 @pytest.mark.parametrize("placed", [True, False])
 def test_rows_that_share_a_place_or_have_none_count_each(placed: bool) -> None:
     def refuse(row: object) -> None:
