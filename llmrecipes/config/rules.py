@@ -206,6 +206,9 @@ OLD_NAMES = {
 }
 """Older llama-recipes spellings -> today's names."""
 
+ENUM_KEYS = ("sharding_strategy", "checkpoint_type")
+"""Keys whose values llama-recipes' own files write with the enum's name in front."""
+
 CACHE_WORDS = {
     **dict.fromkeys(("", "off", "false", "no", "none", "null", "0"), "off"),
     **dict.fromkeys(("auto", "true", "yes", "on", "1"), "auto"),
@@ -230,7 +233,8 @@ def renamed(item: Given) -> list[tuple[Given, str | None]]:
         return [(replace(item, key=key, value=new_value), f"{item.origin} {value} is read as {new_value}")]
     if key == "data_cache" and str(value).strip().lower() in CACHE_WORDS:
         return [(replace(item, key=key, value=CACHE_WORDS[str(value).strip().lower()]), None)]
-    if isinstance(value, str) and value.startswith(("StateDictType.", "ShardingStrategy.")):
+    is_enum = key.rpartition(".")[2] in ENUM_KEYS
+    if is_enum and isinstance(value, str) and value.startswith(("StateDictType.", "ShardingStrategy.")):
         return [(replace(item, key=key, value=value.split(".", 1)[1]), None)]
     return [(replace(item, key=key), None)]
 
