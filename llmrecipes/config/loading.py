@@ -4,6 +4,7 @@ Order of precedence: default, then `--config FILE`, then flags.
 """
 
 import inspect
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -192,7 +193,7 @@ def _literal(value: object) -> object:
     """Returns a value in which OmegaConf sees no `${...}` to fill in: what the user typed is what is meant."""
     if isinstance(value, list | tuple):
         return [_literal(item) for item in value]
-    return value.replace("\\${", "\\\\${").replace("${", "\\${") if isinstance(value, str) else value
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 def _plain_type(hint: Any) -> tuple[type, bool]:

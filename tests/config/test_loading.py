@@ -33,7 +33,8 @@ def test_text_is_taken_as_typed(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["1e3", "None", "1,2", "1.10", "false", "${oc.env:HOME}", "a\\${b}", "{a:b}", "StateDictType.a"]
+    "text",
+    ["1e3", "None", "1,2", "1.10", "false", "${oc.env:HOME}", "a\\${b}", "a\\\\${b}", "{a:b}", "StateDictType.a"],
 )
 def test_a_folder_keeps_its_name(text: str) -> None:
     assert load(output_dir=text).output_dir == text
