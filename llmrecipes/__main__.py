@@ -1,4 +1,4 @@
-"""One command for all: `llmrecipes finetuning|inference|evaluation|merging|data ...`."""
+"""One command for all: `llmrecipes plan|finetuning|inference|evaluation|merging|data ...`."""
 
 import sys
 
@@ -8,6 +8,7 @@ from llmrecipes.data.__main__ import main as data_main
 from llmrecipes.errors import did_you_mean
 
 WHAT = {
+    "plan": "what a fine-tuning would take on a GPU that need not be here",
     "finetuning": "fine-tune a model on a data set",
     "inference": "answer one prompt",
     "evaluation": "score the base model and the tuned one",

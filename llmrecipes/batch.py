@@ -139,6 +139,12 @@ class Batch:
         starts = F.pad(self.documents[:, 1:] != self.documents[:, :-1], (1, 0), value=True)
         return index - torch.where(starts, index, 0).cummax(dim=1).values
 
+    @property
+    def attention_pairs(self) -> int:
+        """How many pairs of tokens look at each other, a token at itself included."""
+        within = self.positions[self.documents > 0] + 1
+        return int(within.sum())
+
 
 @dataclass(frozen=True)
 class SpanBounds:

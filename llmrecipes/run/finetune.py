@@ -30,6 +30,7 @@ from llmrecipes.reports.plan import Plan, plan_text
 from llmrecipes.reports.progress import TrainingProgress
 from llmrecipes.reports.summary import Summary, summary_text
 from llmrecipes.reports.trackers import METRICS_FILE, TRACKERS, check_tracker, redacted
+from llmrecipes.run.measuring import ceiling, operation_counter, profiled
 from llmrecipes.run.memory import fit_memory
 from llmrecipes.run.output import ResultWriter, check_output_dir, claim_output_dir, command_line
 from llmrecipes.run.preparing import load_split, run_lanes, run_precision, set_seeds, storage, storage_flags
@@ -99,7 +100,8 @@ def finetune(loaded: Loaded[RunConfig], config_path: str | None) -> int:
     fitted = fit_memory(config, model, loaders.training, updater, fused)
     loaders = replace(loaders, training=fitted.training)
     kernels += [fitted.told, f"{lanes} batches side by side" if lanes > 1 else ""]
-    plan = train_plan(config, loaders)
+    plan = replace(train_plan(config, loaders), operations=operation_counter(model, config, precision))
+    profiled(config, loaders.training, plan.steps)
     notices = [*loaded.notices, *loaders.notices]
     shown = shown_plan(config, loaders, model, precision, plan, kernels, notices)
     print(plan_text(replace(shown, memory_bytes=fitted.peak_bytes)), flush=True)
@@ -241,10 +243,14 @@ def run_training(
 ) -> TrainResult:
     """Trains, showing progress and feeding the trackers; a signal ends it after the step at hand."""
     device = updater.precision.device
+    top = ceiling(updater.precision) if plan.operations else 0.0
     with TrainingProgress() as progress, StopRequest() as stop:
 
         def report(record: dict[str, Any]) -> None:
             record = {**record, "memory_bytes": peak_memory_bytes(device)}
+            teraflops = record.pop("teraflops", None)
+            if teraflops and record["step"] >= config.flop_counter_start:
+                record |= {"teraflops": teraflops, "ceiling_share": 1e12 * teraflops / top}
             progress(record)
             for tracker in plugins.trackers.values():
                 tracker(record)
@@ -254,7 +260,8 @@ def run_training(
         hooks = Hooks(report, writer, stop)
         try:
             with out_of_memory_told("training", SMALLER):
-                result = train(writer.model, loaders.training, loaders.validation, updater, plan, hooks)
+                windows = profiled(config, loaders.training, plan.steps)
+                result = train(writer.model, windows, loaders.validation, updater, plan, hooks)
         except TrainingError:
             writer("last")  # steps whose gradient is not finite never reached these weights
             raise

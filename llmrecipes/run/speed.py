@@ -14,7 +14,7 @@ from llmrecipes.kernels.calibration import BOUND, calibrate
 from llmrecipes.kernels.footprint import Shape
 from llmrecipes.kernels.head import fused_loss_sum
 from llmrecipes.kernels.jit import triton
-from llmrecipes.kernels.layers import FusedLayer, UnknownLayerError, apply_fused_layers, decoder_layers
+from llmrecipes.kernels.layers import KNOWN_LAYERS, FusedLayer, UnknownLayerError, apply_fused_layers, decoder_layers
 from llmrecipes.precision import Precision
 from llmrecipes.training.loss import loss_sum
 from llmrecipes.training.updater import LossSum
@@ -70,12 +70,12 @@ def fuse_layers(model: Any, config: RunConfig, precision: Precision) -> Fused:
             raise ConfigError(f"--{flag}: the layers cannot be fused ({error}); leave the flag out") from None
         return Fused(f"layers as transformers has them ({error})", loss_sum)
     layers = [layer for layer in decoder_layers(model) if isinstance(layer, FusedLayer)]
-    shape = fused_shape(model, layers[0], precision, compute)
+    shape = fused_shape(model, layers[0], config, precision, compute)
     return Fused(f"{len(layers)} fused layers", fused_loss_sum, layers, compute, shape)
 
 
-def fused_shape(model: Any, layer: Any, precision: Precision, compute: str) -> Shape:
-    """Returns the shape of a model, LoRA and types included, by one of its layers."""
+def fused_shape(model: Any, layer: Any, config: RunConfig, precision: Precision, compute: str) -> Shape:
+    """Returns the shape of a model, LoRA and types included, by one of its layers, fused or not."""
     parts = {**dict(layer.self_attn.named_children()), **dict(layer.mlp.named_children())}
     adapted = {name: part for name, part in parts.items() if hasattr(part, "lora_A")}
     ranks = [part.r[adapter] for part in adapted.values() for adapter in part.active_adapters]
@@ -86,8 +86,16 @@ def fused_shape(model: Any, layer: Any, precision: Precision, compute: str) -> S
         stream=model.get_input_embeddings().weight.element_size(),
         compute=precision.compute.itemsize,
         eight_bit=compute != EXACT,
-        in_one=layer.decoder.qkv.room > 0,
+        in_one=config.use_peft and config.quantization is None and config.lora_config.lora_dropout == 0,
     )
+
+
+def known_shape(model: Any, config: RunConfig, precision: Precision) -> Shape:
+    """Returns the shape of a model whose layers are known, fused or not; raises `UnknownLayerError`."""
+    layer = decoder_layers(model)[0]
+    if not isinstance(layer, FusedLayer) and type(layer).__name__ not in KNOWN_LAYERS:
+        raise UnknownLayerError(f"{type(layer).__name__} is not one of {', '.join(KNOWN_LAYERS)}")
+    return fused_shape(model, layer, config, precision, EXACT)
 
 
 def check_fusible(config: RunConfig, precision: Precision) -> None:

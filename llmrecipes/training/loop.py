@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -46,6 +46,8 @@ class TrainPlan:
     save_steps: int = 0
     logging_steps: int = 1
     max_eval_batches: int = 0
+    operations: Callable[[Window], int] | None = None
+    """counts the floating-point operations of a step, where they are wanted"""
     lanes: int = 1
     """batches of a window that are computed side by side, on a CPU"""
 
@@ -68,6 +70,8 @@ class StepMetrics:
     supervised_tokens: int
     useful_tokens: int
     update: Update
+    operations: int = 0
+    """floating-point operations, 0 where they are not counted"""
 
     @property
     def loss(self) -> float:
@@ -121,10 +125,9 @@ def train(
             halvings = updater.halvings
             metrics = train_step(model, window, updater, progress, plan.lanes)
             if updater.halvings > halvings:
-                text = (
-                    f"step {step + 1}: the memory did not suffice; batches are cut into {2**updater.halvings} from now"
-                )
-                hooks.report({"kind": "notice", "text": f"{text} on, with the same update"})
+                hooks.report({"kind": "notice", "text": f"step {step + 1}: {_cut_told(updater.halvings)}"})
+            if plan.operations is not None:
+                metrics = replace(metrics, operations=plan.operations(window))
             step, tokens = step + 1, tokens + metrics.useful_tokens
             reports.add(step, epoch, metrics)
             stopped = hooks.stop_requested()
@@ -216,6 +219,10 @@ def train_step(model: Any, window: Window, updater: Updater, progress: Progress,
     return StepMetrics(HostNumber(total), supervised, useful, update)
 
 
+def _cut_told(halvings: int) -> str:
+    return f"the memory did not suffice; batches are cut into {2**halvings} from now on, with the same update"
+
+
 def _halved(window: Window) -> Window:
     return [half for batch in window for half in halved(batch) if half.supervised_tokens]
 
@@ -260,7 +267,7 @@ def evaluate(
 
 def step_record(step: int, epoch: int, metrics: StepMetrics, seconds: float) -> Record:
     """Returns the record of a step, as trackers and the progress bar read it."""
-    return {
+    record = {
         "kind": "step",
         "step": step,
         "epoch": epoch,
@@ -273,6 +280,7 @@ def step_record(step: int, epoch: int, metrics: StepMetrics, seconds: float) -> 
         "seconds": seconds,
         "tokens_per_second": metrics.useful_tokens / seconds,
     }
+    return record | ({"teraflops": metrics.operations / seconds / 1e12} if metrics.operations else {})
 
 
 def _due(step: int, interval: int) -> bool:
