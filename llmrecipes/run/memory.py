@@ -5,6 +5,7 @@ comes first; only what does not fit then is computed again or moved to the host'
 """
 
 import gc
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -42,6 +43,8 @@ class Fitted:
     """for the plan; empty where nothing was decided"""
     peak_bytes: int | None
     """most memory that a step takes, by the rehearsal; None without one"""
+    batch_seconds: float | None = None
+    """time of the largest batch, forward and backward, when rehearsed again"""
 
 
 def fit_memory(config: RunConfig, model: Any, loader: Loader, updater: Updater, fused: Fused) -> Fitted:
@@ -69,7 +72,10 @@ def fit_memory(config: RunConfig, model: Any, loader: Loader, updater: Updater, 
         if smallest and fused.shape and config.activation_memory == "auto" and not fits(peak, limit - later):
             peak = keep_what_fits(model, batch, updater, fused, limit - later)
         if peak is not None and fits(peak, limit - later):
-            return Fitted(cut, told(fused.layers, pieces, cut), peak + later)
+            started = time.perf_counter()
+            rehearse(model, batch, updater)  # once more, now that the kernels are compiled
+            seconds = time.perf_counter() - started
+            return Fitted(cut, told(fused.layers, pieces, cut), peak + later, seconds)
     need = "more" if peak is None else gib(peak + later)
     raise HardwareError(
         f"rehearsal: one row of {batch.input_ids.shape[1]} tokens takes {need}, and {gib(limit)} are free; try "

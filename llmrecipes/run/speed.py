@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from llmrecipes.batch import attention_window
 from llmrecipes.config.schema import RunConfig
 from llmrecipes.data.loaders import Loader
 from llmrecipes.errors import ConfigError, HardwareError
@@ -20,6 +21,10 @@ from llmrecipes.training.loss import loss_sum
 from llmrecipes.training.updater import LossSum
 
 EXACT = "exact"
+
+WIDE = 2048
+"""Width of a model from which 8-bit matmuls are taken to pay for what rounding costs: on an H200 they make 7B, 4,096
+wide, faster by 1.4, and 135M, 576 wide, slower by 2.3; in between nothing was measured."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +65,9 @@ def fuse_layers(model: Any, config: RunConfig, precision: Precision) -> Fused:
     on_gpu = precision.device.type == "cuda"
     if config.use_fast_kernels is False or not (wanted or on_gpu):
         return Fused("", loss_sum)
-    compute = eight_bit_compute(config, precision)
+    compute = eight_bit_compute(config, precision, model.config.get_text_config().hidden_size)
     try:
-        check_fusible(config, precision)
+        check_fusible(model, config, precision)
         apply_fused_layers(model, precision.compute, compute)
     except UnknownLayerError as error:
         if wanted:
@@ -98,15 +103,17 @@ def known_shape(model: Any, config: RunConfig, precision: Precision) -> Shape:
     return fused_shape(model, layer, config, precision, EXACT)
 
 
-def check_fusible(config: RunConfig, precision: Precision) -> None:
+def check_fusible(model: Any, config: RunConfig, precision: Precision) -> None:
     """Raises `UnknownLayerError` where the run has something that fused layers do not."""
     if config.use_peft and config.peft_method != "lora":
         raise UnknownLayerError(f"--peft_method {config.peft_method} changes them")
+    if attention_window(model.config):
+        raise UnknownLayerError("the model attends within windows")
     if precision.device.type == "cuda" and triton is None:
         raise UnknownLayerError("Triton is not installed")
 
 
-def eight_bit_compute(config: RunConfig, precision: Precision) -> str:
+def eight_bit_compute(config: RunConfig, precision: Precision, width: int) -> str:
     """Returns how 4-bit weights are to be multiplied, `auto` resolved; raises `HardwareError`."""
     asked = config.quantization_config.compute
     if config.quantization != "4bit" or asked == "bf16":
@@ -118,7 +125,8 @@ def eight_bit_compute(config: RunConfig, precision: Precision) -> str:
         )
     if asked != "auto":
         return asked
-    return "int8" if capability is not None and capability >= (8, 0) else EXACT
+    pays = width >= WIDE and capability is not None and capability >= (8, 0)
+    return "int8" if pays else EXACT
 
 
 def calibrated(fused: Fused, model: Any, loader: Loader, precision: Precision, asked: str) -> str:

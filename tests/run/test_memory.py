@@ -77,7 +77,7 @@ def bytes_of(samples: list[Sample], rows: int, keep: Keep) -> int:
 
 def test_what_fits_stays_as_it_is(samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
     found, keeps, count = fitted(bytes_of(samples, 4, Keep.ALL), samples, monkeypatch)
-    assert (found.training.batch_rows, found.training.window_batches, count) == (4, 2, 1)
+    assert (found.training.batch_rows, found.training.window_batches, count) == (4, 2, 2)
     assert set(keeps) == {Keep.ALL} and "cut" not in found.told
     assert found.peak_bytes == bytes_of(samples, 4, Keep.ALL)
 

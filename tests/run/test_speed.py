@@ -1,12 +1,21 @@
 """Laws of the fast path in a whole run: demanded, it learns as the plain one does; where it cannot, that is told."""
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 
+from llmrecipes.config.loading import load_config
+from llmrecipes.config.schema import RunConfig
 from llmrecipes.errors import ConfigError
+from llmrecipes.kernels.layers import UnknownLayerError
+from llmrecipes.precision import Precision
+from llmrecipes.run.speed import check_fusible
 
 Command = Callable[..., int]
 Losses = Callable[[Path], list[float]]
@@ -15,6 +24,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "padding": {"lora_config.target_modules": "all-linear"},
     "packing": {"batching_strategy": "packing", "context_length": 24, "lora_config.target_modules": "all-linear"},
     "the whole model": {"use_peft": None, "lora_config.lora_dropout": None, "lr": 1e-3},
+    "adamw_fused": {"optimizer": "adamw_fused"},
     "4bit": {"quantization": "4bit", "quantization_config.compute": "bf16"},
 }
 
@@ -68,3 +78,21 @@ def test_8_bits_and_the_plain_path_contradict_each_other(finetune: Command, tmp_
     flags = {"quantization": "4bit", "quantization_config.compute": "int8"}
     with pytest.raises(ConfigError, match="--use_fast_kernels false switches off"):
         finetune(tmp_path / "out", use_fast_kernels=False, **flags)
+
+
+def test_a_model_with_windows_keeps_its_layers(
+    finetune: Command, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "windows"
+    shutil.copytree(model_folder, folder)
+    settings = json.loads((folder / "config.json").read_text())
+    config = transformers.MistralConfig(**{**settings, "sliding_window": 4, "model_type": "mistral", "head_dim": 16})
+    torch.manual_seed(0)
+    transformers.MistralForCausalLM(config).save_pretrained(folder)
+    with pytest.raises(ConfigError, match="cannot attend by document"):
+        finetune(tmp_path / "out", model_name=folder, use_fast_kernels=True)
+    model = transformers.MistralForCausalLM(config)
+    wanted = load_config(RunConfig, {"model_name": "m", "output_dir": "o", "use_peft": "true"}).config
+    precision = Precision(torch.device("cpu"), torch.float32, torch.float32, loss_scaling=False)
+    with pytest.raises(UnknownLayerError, match="within windows"):
+        check_fusible(model, wanted, precision)
