@@ -34,7 +34,7 @@ from llmrecipes.reports.progress import TrainingProgress
 from llmrecipes.reports.summary import Summary, summary_text
 from llmrecipes.reports.trackers import METRICS_FILE, TRACKERS, check_tracker, redacted
 from llmrecipes.run.measuring import ceiling, operation_counter, profiled
-from llmrecipes.run.memory import fit_memory
+from llmrecipes.run.memory import check_fit, fit_memory
 from llmrecipes.run.output import ResultWriter, check_output_dir, claim_output_dir, command_line
 from llmrecipes.run.preparing import load_split, run_lanes, run_precision, set_seeds, storage, storage_flags
 from llmrecipes.run.speed import Fused, apply_attention, calibrated, fuse_layers
@@ -83,6 +83,7 @@ def finetune(loaded: Loaded[RunConfig], config_path: str | None) -> int:
     config = loaded.config
     plugins = resolve_plugins(config, config_path)
     precision = run_precision(config)
+    check_fit(config, precision.device)
     build_optimizer(config, plugins, [torch.nn.Parameter(torch.zeros(1, device=precision.device))])
     check_checkpoint(config)
     source = resolve_model(config)

@@ -55,8 +55,6 @@ def fit_memory(config: RunConfig, model: Any, loader: Loader, updater: Updater, 
     if not fused.layers:
         plain_layers(config, model)
     if updater.precision.device.type != "cuda":
-        if config.fit != "auto":
-            raise ConfigError("--fit is about a GPU's memory, and this run computes on the CPU; leave it out")
         settle_layers(config, fused, loader.batch(loader.window_rows(0)[0][0]))
         return Fitted(loader, "", None)
     limit = memory_limit(config, updater.precision.device)
@@ -81,6 +79,12 @@ def fit_memory(config: RunConfig, model: Any, loader: Loader, updater: Updater, 
         f"rehearsal: one row of {batch.input_ids.shape[1]} tokens takes {need}, and {gib(limit)} are free; try "
         "--quantization 4bit, --activation_memory offload, --optimizer adamw_8bit or a smaller --context_length"
     )
+
+
+def check_fit(config: RunConfig, device: torch.device) -> None:
+    """Raises `ConfigError` where `--fit` is given and there is no GPU."""
+    if config.fit != "auto" and device.type != "cuda":
+        raise ConfigError("--fit is about a GPU's memory, and this run computes on the CPU; leave it out")
 
 
 def fits(peak: int | None, limit: int) -> bool:

@@ -136,10 +136,11 @@ def test_the_largest_batch_is_rehearsed(samples: list[Sample]) -> None:
 
 
 def test_a_cpu_has_no_memory_to_fit(samples: list[Sample]) -> None:
-    updater: Any = SimpleNamespace(precision=Precision(torch.device("cpu"), torch.float32, torch.float32, False))
+    precision = Precision(torch.device("cpu"), torch.float32, torch.float32, loss_scaling=False)
+    updater: Any = SimpleNamespace(precision=precision)
     loader = Loader(samples, "padding", 64, batch_rows=4)
     with pytest.raises(ConfigError, match="--fit is about a GPU"):
-        memory.fit_memory(config_of(fit="1GiB"), None, loader, updater, Fused("", loss_sum))
+        memory.check_fit(config_of(fit="1GiB"), precision.device)
     with pytest.raises(ConfigError, match="--activation_memory offload needs the fused layers"):
         memory.fit_memory(config_of(activation_memory="offload"), None, loader, updater, Fused("", loss_sum))
 
