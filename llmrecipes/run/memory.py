@@ -66,14 +66,13 @@ def fit_memory(config: RunConfig, model: Any, loader: Loader, updater: Updater, 
         later = state_bytes(config.optimizer, updater.parameters) + (gradients if cut.window_batches > 1 else 0)
         settle_layers(config, fused, batch)
         peak = rehearse(model, batch, updater)
-        smallest = cut.batch_rows == 1
-        if smallest and fused.shape and config.activation_memory == "auto" and not fits(peak, limit - later):
+        if cut.batch_rows == 1 and config.activation_memory == "auto" and not fits(peak, limit - later):
             peak = keep_what_fits(model, batch, updater, fused, limit - later)
         if peak is not None and fits(peak, limit - later):
             started = time.perf_counter()
             rehearse(model, batch, updater)  # once more, now that the kernels are compiled
             seconds = time.perf_counter() - started
-            return Fitted(cut, told(fused.layers, pieces, cut), peak + later, seconds)
+            return Fitted(cut, told(model, fused.layers, pieces, cut), peak + later, seconds)
     need = "more" if peak is None else gib(peak + later)
     raise HardwareError(
         f"rehearsal: one row of {batch.input_ids.shape[1]} tokens takes {need}, and {gib(limit)} are free; try "
@@ -95,12 +94,17 @@ def fits(peak: int | None, limit: int) -> bool:
 def plain_layers(config: RunConfig, model: Any) -> None:
     """Has a model whose layers are not fused keep as much as is asked for; raises `ConfigError` for what it cannot."""
     if config.activation_memory == "recompute":
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        compute_again(model)
     elif config.activation_memory not in ("auto", "keep"):
         raise ConfigError(
             f"--activation_memory {config.activation_memory} needs the fused layers, which this run does not have; "
             "use keep or recompute"
         )
+
+
+def compute_again(model: Any) -> None:
+    """Has a model whose layers are not fused keep their input only, by transformers' gradient checkpointing."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def memory_limit(config: RunConfig, device: torch.device) -> int:
@@ -155,7 +159,9 @@ def keep_within(fused: Fused, tokens: int, budget: int) -> None:
 
 def keep_what_fits(model: Any, batch: Batch, updater: Updater, fused: Fused, limit: int) -> int | None:
     """Has layers keep as much as fits; returns the peak in bytes, None where it was not to be found out."""
-    assert fused.shape is not None
+    if fused.shape is None:
+        compute_again(model)
+        return rehearse(model, batch, updater)
     keep_alike(fused, Keep.INPUT)
     peak = rehearse(model, batch, updater)
     if peak is None or peak > limit:
@@ -193,10 +199,11 @@ def rehearse(model: Any, batch: Batch, updater: Updater) -> int | None:
     return int(torch.cuda.max_memory_allocated(device))
 
 
-def told(layers: Sequence[FusedLayer], pieces: int, loader: Loader) -> str:
+def told(model: Any, layers: Sequence[FusedLayer], pieces: int, loader: Loader) -> str:
     """Returns what was decided, for the plan."""
+    again = "layers keep their input" if getattr(model, "is_gradient_checkpointing", False) else ""
     cut = f"batches cut into {pieces} of {loader.batch_rows} rows, with the same update" if pieces > 1 else ""
-    return "; ".join(text for text in (kept_text([layer.keep for layer in layers]), cut) if text)
+    return "; ".join(text for text in (kept_text([layer.keep for layer in layers]), again, cut) if text)
 
 
 def kept_text(keeps: Sequence[Keep]) -> str:

@@ -213,6 +213,7 @@ def train_step(model: Any, window: Window, updater: Updater, progress: Progress,
             if all(len(batch.input_ids) == 1 for batch in window):
                 raise
         gc.collect()
+        torch.cuda.empty_cache()  # nothing where there is no GPU
         updater.halvings += 1
         window = _halved(window)
     update = updater.step(progress)

@@ -108,6 +108,22 @@ def test_at_last_inputs_go_to_the_hosts_memory(samples: list[Sample], monkeypatc
     assert set(keeps) == {Keep.OFFLOADED}
 
 
+def test_layers_that_are_not_fused_keep_their_input(samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = SimpleNamespace(is_gradient_checkpointing=False)
+
+    def enable(gradient_checkpointing_kwargs: dict[str, bool]) -> None:
+        assert gradient_checkpointing_kwargs == {"use_reentrant": False}
+        model.is_gradient_checkpointing = True
+
+    model.gradient_checkpointing_enable = enable
+    monkeypatch.setattr(memory, "rehearse", lambda model, *_: 10 if model.is_gradient_checkpointing else 1000)
+    monkeypatch.setattr(memory, "memory_limit", lambda config, device: 500)
+    precision = Precision(torch.device("cuda"), torch.bfloat16, torch.float32, loss_scaling=False)
+    updater: Any = SimpleNamespace(precision=precision, parameters=TRAINED)
+    found = memory.fit_memory(config_of(), model, Loader(samples, "padding", 64, 2), updater, Fused("", loss_sum))
+    assert found.training.batch_rows == 1 and found.told.startswith("layers keep their input; batches cut into 2")
+
+
 def test_what_cannot_fit_is_told_with_numbers(samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(HardwareError, match=r"rehearsal: one row of \d+ tokens takes .* are free; try --quantization"):
         fitted(STATIC, samples, monkeypatch)
