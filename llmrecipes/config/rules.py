@@ -120,6 +120,10 @@ RUN_CONFLICTS = (
         f"--activation_memory: expected {', '.join(ACTIVATION_MEMORY)}, or a size such as 8GiB",
     ),
     Conflict(
+        lambda c: c.use_peft and c.peft_method == "prefix" and c.activation_memory == "recompute",
+        "--activation_memory recompute: with --peft_method prefix nothing can be computed again; leave it out",
+    ),
+    Conflict(
         lambda c: c.use_fast_kernels is False and c.quantization_config.compute in ("int8", "fp8"),
         "--quantization_config.compute int8 and fp8 are fast kernels, which --use_fast_kernels false switches off; "
         "leave one of them out",

@@ -51,6 +51,8 @@ class Loader:
     window_batches: int = 1
     seed: int | None = None
     group_by_length: bool = False
+    grouped_rows: int = 0
+    """rows of like length, a multiple of `batch_rows`, which are so many where this is 0: batches may be cut later"""
     workers: int = 0
     collator: Collator | None = None
     """a plug-in's own `get_data_collator`, padding only"""
@@ -115,7 +117,7 @@ class Loader:
         if self.strategy == "packing":
             return packed_rows(self.lengths, order, self.row_tokens, self.seed, epoch)
         if self.group_by_length and self.seed is not None:
-            order = length_grouped(self.lengths, order, self.batch_rows, self.seed, epoch)
+            order = length_grouped(self.lengths, order, self.grouped_rows or self.batch_rows, self.seed, epoch)
         return [[index] for index in order]
 
     def window_rows(self, epoch: int) -> list[list[list[Row]]]:

@@ -11,6 +11,7 @@ import torch
 
 from llmrecipes.batch import DocumentGroups, DocumentLayout, DocumentSpans
 from llmrecipes.kernels import short_attention
+from llmrecipes.kernels.attention import takes_flash
 
 aten = torch.ops.aten
 
@@ -95,11 +96,12 @@ class Attention:
     def _is_long(self, states: torch.Tensor) -> bool:
         """Returns whether all documents are of one length, long enough for the dense kernel to be the faster one."""
         count = self._dense_rows
-        return count > 0 and states.shape[0] // count >= LONG and states.shape[2] in (64, 128)
+        sizes = states.shape[2] in (64, 128) and takes_flash(states.device, states.shape[2])
+        return sizes and count > 0 and states.shape[0] // count >= LONG
 
     def _is_flash(self, states: torch.Tensor) -> bool:
         """Returns whether it is one for FlashAttention-2, which has 16 bits only."""
-        return states.is_cuda and states.element_size() == 2 and not self._is_long(states)
+        return states.element_size() == 2 and takes_flash(states.device, states.shape[2]) and not self._is_long(states)
 
     def _flash_places(self, states: torch.Tensor) -> tuple[torch.Tensor | None, int]:
         """Returns where documents begin, and the length of the longest; None where rows are documents."""
@@ -127,7 +129,7 @@ def _dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, scale
         )
         return attended, statistics, statistics, statistics
     key, value = (_repeated(states, query.shape[1]) for states in (key, value))
-    if query.element_size() > 2:
+    if query.element_size() > 2 or not takes_flash(query.device, query.shape[3]):
         found: tuple[torch.Tensor, ...] = aten._scaled_dot_product_efficient_attention(
             query, key, value, None, True, 0.0, True, scale=scale
         )
@@ -154,7 +156,7 @@ def _dense_backward(
     shared = query.shape[1] // key.shape[1]
     key, value = (_repeated(each, query.shape[1]) for each in (key, value))
     tokens = query.shape[2]
-    if query.element_size() > 2:
+    if query.element_size() > 2 or not takes_flash(query.device, query.shape[3]):
         query, key, value, _ = aten._scaled_dot_product_efficient_attention_backward(
             gradient, query, key, value, None, attended, *statistics, 0.0, [True, True, True, False], True, scale=scale
         )

@@ -108,8 +108,15 @@ def _causal(
 
 def document_layout(precision: Precision) -> Layout:
     """Returns how attention on the run's device wants to know where documents are: FlashAttention has 16 bits only."""
-    takes_spans = precision.device.type == "cuda" and precision.compute in (torch.bfloat16, torch.float16)
+    takes_spans = precision.compute in (torch.bfloat16, torch.float16) and takes_flash(precision.device)
     return document_spans if takes_spans else document_groups
+
+
+def takes_flash(device: torch.device, size: int = 128) -> bool:
+    """Returns whether FlashAttention-2 runs there on heads of a size: Ampere or newer, multiples of 8 up to 256."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    return size % 8 == 0 and size <= 256
 
 
 def apply_document_attention(model: Any) -> int:
@@ -118,6 +125,11 @@ def apply_document_attention(model: Any) -> int:
         return 0
     if attention_window(model.config):
         return 0  # a window within the document is not known here
+    text = model.config.get_text_config()
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    drops = getattr(text, "attention_dropout", 0) or 0
+    if takes_flash(model.device) and (not takes_flash(model.device, size) or drops > 0):
+        return 0  # spans are FlashAttention's, which takes neither here
     AttentionInterface.register(BY_DOCUMENT, document_attention)
     AttentionMaskInterface.register(BY_DOCUMENT, sdpa_mask)
     model.set_attn_implementation(BY_DOCUMENT)

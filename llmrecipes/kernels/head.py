@@ -33,7 +33,8 @@ def fused_loss_sum(model: Any, batch: Batch, precision: Precision) -> torch.Tens
         assert isinstance(last, FusedLayer)
         rows = body.norm(last.at(x, angles, batch.layout, batch.predicting))
     rows = rows.to(precision.compute)
-    total: torch.Tensor = _HeadLoss.apply(rows, head.weight, batch.targets)
+    weight = head.weight if torch.is_grad_enabled() else head.weight.detach()
+    total: torch.Tensor = _HeadLoss.apply(rows, weight, batch.targets)
     return total
 
 
@@ -71,8 +72,8 @@ class _HeadLoss(torch.autograd.Function):
         ctx.gradients = ()
         factor = gradients[0]
         return (
-            None if rows is None else rows.mul_(factor.to(rows.dtype)),
-            None if weight is None else weight.mul_(factor.to(weight.dtype)),
+            None if rows is None else rows.mul_(factor),
+            None if weight is None else weight.mul_(factor),
             None,
         )
 

@@ -28,7 +28,10 @@ class UnknownLayerError(ValueError):
 
 
 class FusedLayer(nn.Module):
-    """A decoder layer that runs as one step in training, and as it was where there is a cache to answer from."""
+    """A decoder layer that runs as one step in training, and as it was where there is a cache to answer from.
+
+    What else peft can do to a model, switch an adapter off or merge it, does not reach the fused step.
+    """
 
     def __init__(self, layer: nn.Module, decoder: Decoder, host_memory: HostMemory) -> None:
         super().__init__()
@@ -69,7 +72,8 @@ class FusedLayer(nn.Module):
         rows, size = hidden_states.shape[0], self.decoder.head_size
         cosine, sine = (angle.expand(rows, -1, -1).reshape(-1, size) for angle in angles)
         shared = Shared(cosine, sine, Attention(rows, layout, size**-0.5), needed)
-        y: torch.Tensor = _Step.apply(hidden_states.flatten(0, 1), self, shared, *self.decoder.trained)
+        trained = self.decoder.trained if torch.is_grad_enabled() else ()
+        y: torch.Tensor = _Step.apply(hidden_states.flatten(0, 1), self, shared, *trained)
         return y
 
 

@@ -15,6 +15,9 @@ import torch
 
 from llmrecipes.kernels.jit import jit, runs_triton, tl, triton
 
+PIECE = 64
+"""Columns of LoRA that are multiplied at a time: all of a large rank would not fit beside the tiles."""
+
 
 def scaled_matmul(
     rows: torch.Tensor,
@@ -35,6 +38,8 @@ def scaled_matmul(
         made = made if low is None else made + low[0].double() @ low[1].double().t()
         return (made if plus is None else made + plus).to(dtype)
     out = torch.empty(rows.shape[0], weight.shape[0], dtype=dtype, device=rows.device)
+    if len(rows) == 0:
+        return out
     _launch(rows, row_scales, weight, scales, out, low, plus)
     return out
 
@@ -49,7 +54,7 @@ def _launch(
     plus: torch.Tensor | None,
 ) -> None:
     (m, k), n = rows.shape, weight.shape[0]
-    on_hopper = rows.is_cuda and torch.cuda.get_device_capability(rows.device)[0] == 9
+    on_hopper = rows.is_cuda and torch.cuda.get_device_capability(rows.device)[0] == 9 and k % 16 == 0
     tile_m, tile_n, tile_k, stages, warps = (128, 256, 128, 3, 8) if on_hopper else (128, 128, 64, 3, 8)
     tiles = triton.cdiv(m, tile_m) * triton.cdiv(n, tile_n)
     programs = min(tiles, torch.cuda.get_device_properties(rows.device).multi_processor_count) if on_hopper else tiles
@@ -64,7 +69,7 @@ def _launch(
     _scaled_matmul[(programs,)](
         a, b, out, row_scales, scales, inner, up, out if plus is None else plus, m, n, k,
         inner.stride(0), up.stride(0), up.stride(1), programs,
-        rank=0 if low is None else triton.next_power_of_2(inner.shape[1]), ranks=inner.shape[1],
+        piece=0 if low is None else min(PIECE, triton.next_power_of_2(inner.shape[1])), ranks=inner.shape[1],
         adds=plus is not None, descriptors=on_hopper, integer=rows.dtype == torch.int8,
         tile_m=tile_m, tile_n=tile_n, tile_k=tile_k, num_stages=stages, num_warps=warps,
     )  # fmt: skip
@@ -73,7 +78,7 @@ def _launch(
 @jit
 def _scaled_matmul(
     rows, weight, out, row_scales, scales, low, up, plus, m, n, k, low_stride, up_stride, up_rank_stride, programs,
-    rank: tl.constexpr, ranks, adds: tl.constexpr, descriptors: tl.constexpr, integer: tl.constexpr,
+    piece: tl.constexpr, ranks, adds: tl.constexpr, descriptors: tl.constexpr, integer: tl.constexpr,
     tile_m: tl.constexpr, tile_n: tl.constexpr, tile_k: tl.constexpr,
 ):  # fmt: skip
     kind: tl.constexpr = tl.int32 if integer else tl.float32
@@ -103,14 +108,15 @@ def _scaled_matmul(
         scale = tl.load(row_scales + at_m, mask=at_m < m, other=0.0)
         result = total.to(tl.float32) * scale[:, None] * tl.load(scales + at_n, mask=at_n < n, other=0.0)[None, :]
         mask = (at_m < m)[:, None] & (at_n < n)[None, :]
-        if rank > 0:
-            at_r = tl.arange(0, rank)
-            in_rank = at_r < ranks
-            place = low + at_m[:, None].to(tl.int64) * low_stride + at_r[None, :]
-            given = tl.load(place, mask=(at_m < m)[:, None] & in_rank[None, :], other=0.0)
-            place = up + at_n[:, None].to(tl.int64) * up_stride + at_r[None, :] * up_rank_stride
-            taken = tl.load(place, mask=(at_n < n)[:, None] & in_rank[None, :], other=0.0)
-            result = tl.dot(given, taken.T, result, input_precision="ieee")
+        if piece > 0:
+            for begin in tl.range(0, ranks, piece, num_stages=1):
+                at_r = begin + tl.arange(0, piece)
+                in_rank = at_r < ranks
+                place = low + at_m[:, None].to(tl.int64) * low_stride + at_r[None, :]
+                given = tl.load(place, mask=(at_m < m)[:, None] & in_rank[None, :], other=0.0)
+                place = up + at_n[:, None].to(tl.int64) * up_stride + at_r[None, :] * up_rank_stride
+                taken = tl.load(place, mask=(at_n < n)[:, None] & in_rank[None, :], other=0.0)
+                result = tl.dot(given, taken.T, result, input_precision="ieee")
         place = at_m[:, None].to(tl.int64) * n + at_n[None, :]
         if adds:
             result += tl.load(plus + place, mask=mask, other=0.0).to(tl.float32)

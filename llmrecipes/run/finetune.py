@@ -168,6 +168,7 @@ def build_loaders(
         window_batches=config.gradient_accumulation_steps * lanes,
         seed=config.seed,
         group_by_length=config.group_by_length,
+        grouped_rows=config.batch_size_training,
         workers=config.num_workers_dataloader,
         collator=collator,
         layout=layout,

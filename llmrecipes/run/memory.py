@@ -6,7 +6,7 @@ comes first; only what does not fit then is computed again or moved to the host'
 
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -76,7 +76,22 @@ def fit_memory(config: RunConfig, model: Any, loader: Loader, updater: Updater, 
     need = "more" if peak is None else gib(peak + later)
     raise HardwareError(
         f"rehearsal: one row of {batch.input_ids.shape[1]} tokens takes {need}, and {gib(limit)} are free; try "
-        "--quantization 4bit, --activation_memory offload, --optimizer adamw_8bit or a smaller --context_length"
+        + remedies(config, fused)
+    )
+
+
+def remedies(config: RunConfig, fused: Fused) -> str:
+    """Returns what a run that does not fit may still try."""
+    least = "offload" if fused.layers else "recompute"
+    tried = config.activation_memory in ("auto", least)
+    small = config.optimizer in ("adamw_8bit", "paged_adamw_8bit")
+    return ", ".join(
+        [
+            *(["--quantization 4bit"] if config.use_peft and config.quantization != "4bit" else []),
+            *([] if tried else [f"--activation_memory {least}"]),
+            *([] if small else ["--optimizer adamw_8bit"]),
+            "a smaller --context_length or a smaller model",
+        ]
     )
 
 
@@ -114,8 +129,10 @@ def memory_limit(config: RunConfig, device: torch.device) -> int:
     asked = size_in_bytes(config.fit)
     if asked is None:
         return int(MARGIN * mine)
-    if asked - CONTEXT > mine:
-        raise HardwareError(f"--fit {config.fit}: only {gib(mine)} are free on this GPU")
+    if not 0 < asked - CONTEXT <= mine:
+        raise HardwareError(
+            f"--fit {config.fit}: CUDA itself takes {gib(CONTEXT)}, and {gib(mine)} are free; give a size between"
+        )
     torch.cuda.set_per_process_memory_fraction((asked - CONTEXT) / total, device)
     return int(MARGIN * (asked - CONTEXT))
 
@@ -127,12 +144,23 @@ def divisors(number: int) -> list[int]:
 
 def largest_batch(loader: Loader) -> Batch:
     """Returns the first epoch's batch of the most tokens, padding counted, and of those that of the most samples."""
+    return loader.batch(max((batch for window in loader.window_rows(0) for batch in window), key=_size(loader)))
+
+
+def largest_tokens(loader: Loader) -> int:
+    """Returns the tokens of that batch, which need not be made for it."""
+    return max(_size(loader)(batch)[0] for window in loader.window_rows(0) for batch in window)
+
+
+def _size(loader: Loader) -> Callable[[list[list[int]]], tuple[int, int]]:
     lengths = loader.lengths
 
     def size(rows: list[list[int]]) -> tuple[int, int]:
-        return len(rows) * max(sum(lengths[index] for index in row) for row in rows), sum(map(len, rows))
+        longest = max(sum(lengths[index] for index in row) for row in rows)
+        shape = (loader.batch_rows, loader.row_tokens) if loader.fixed_shapes else (len(rows), longest)
+        return shape[0] * shape[1], sum(map(len, rows))
 
-    return loader.batch(max((batch for window in loader.window_rows(0) for batch in window), key=size))
+    return size
 
 
 def settle_layers(config: RunConfig, fused: Fused, batch: Batch) -> None:

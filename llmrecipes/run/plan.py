@@ -13,18 +13,19 @@ from llmrecipes.config.options import size_in_bytes
 from llmrecipes.config.schema import PlanConfig
 from llmrecipes.data.loaders import Loader
 from llmrecipes.errors import ConfigError
+from llmrecipes.kernels.attention import apply_document_attention
 from llmrecipes.kernels.decoder import Keep
 from llmrecipes.kernels.footprint import Shape, keeps_within
-from llmrecipes.kernels.layers import KNOWN_LAYERS, decoder_layers
+from llmrecipes.kernels.layers import KNOWN_LAYERS, UnknownLayerError, decoder_layers
 from llmrecipes.models.adapters import attach_trained, count_parameters
 from llmrecipes.models.loading import load_tokenizer, model_config, resolve_model
 from llmrecipes.precision import Precision
 from llmrecipes.reports.format import count, duration, gib
 from llmrecipes.reports.plan import aligned
 from llmrecipes.run.finetune import build_loaders, method_text, resolve_plugins, train_plan
-from llmrecipes.run.memory import CONTEXT, KEEPS, MARGIN, divisors, kept_text
+from llmrecipes.run.memory import CONTEXT, KEEPS, MARGIN, divisors, kept_text, largest_tokens
 from llmrecipes.run.preparing import set_seeds
-from llmrecipes.run.speed import EXACT, fused_shape
+from llmrecipes.run.speed import EXACT, check_fusible, eight_bit_compute, fused_shape
 from llmrecipes.training.optimizers import state_bytes
 
 
@@ -34,16 +35,17 @@ class Card:
 
     name: str
     memory: int
+    capability: tuple[int, int]
     peak: float
     """operations a second of dense bfloat16 matmuls that add in float32"""
 
 
 CARDS = {
-    "3090": Card("GeForce RTX 3090", 24 << 30, 71e12),
-    "4090": Card("GeForce RTX 4090", 24 << 30, 165e12),
-    "a100": Card("A100 80GB", 80 << 30, 312e12),
-    "h100": Card("H100 SXM", 80 << 30, 989e12),
-    "h200": Card("H200", 141 * 10**9, 989e12),
+    "3090": Card("GeForce RTX 3090", 24 << 30, (8, 6), 71e12),
+    "4090": Card("GeForce RTX 4090", 24 << 30, (8, 9), 165e12),
+    "a100": Card("A100 80GB", 80 << 30, (8, 0), 312e12),
+    "h100": Card("H100 SXM", 80 << 30, (9, 0), 989e12),
+    "h200": Card("H200", 141 * 10**9, (9, 0), 989e12),
 }
 """NVIDIA's white papers GA102, AD102, A100, H100 and the H200's data sheet."""
 
@@ -91,18 +93,17 @@ class Footprint:
 def plan(loaded: Loaded[PlanConfig], config_path: str | None) -> int:
     """Prints the plan of a fine-tuning; returns the exit code, 2 where it would not fit."""
     config = loaded.config
-    card = CARDS[config.card]
-    precision = planned_precision(config)
+    card, precision = CARDS[config.card], planned_precision(config)
     plugins = resolve_plugins(config, config_path)
     source = resolve_model(config, weights=False)
+    model = meta_model(config, source, precision)
+    compute = eight_bit_compute(config, card.capability, model.config.get_text_config().hidden_size)
+    shape = fused_shape(model, decoder_layers(model)[0], config, precision, compute)
     tokenizer = load_tokenizer(config, source)
     set_seeds(config.seed)
     loaders = build_loaders(config, tokenizer, plugins, source, document_spans)
-    model = meta_model(config, source, precision)
-    compute = planned_compute(config)
-    shape = fused_shape(model, decoder_layers(model)[0], config, precision, compute)
-    limit = size_in_bytes(config.fit) or card.memory
-    pieces, keeps, found = fitted(config, model, shape, loaders.training.batch_rows, limit)
+    limit = min(size_in_bytes(config.fit) or card.memory, card.memory)
+    pieces, keeps, found = fitted(config, model, shape, loaders.training, limit)
     total, trained = count_parameters(model)
     steps = train_plan(config, loaders).steps
     epochs = steps / len(loaders.training.window_rows(0))
@@ -123,12 +124,6 @@ def plan(loaded: Loaded[PlanConfig], config_path: str | None) -> int:
     return ConfigError.exit_code
 
 
-def planned_compute(config: PlanConfig) -> str:
-    """Returns how frozen weights would be multiplied."""
-    asked = config.quantization_config.compute if config.quantization == "4bit" else "bf16"
-    return {"bf16": EXACT, "auto": "int8"}.get(asked, asked)
-
-
 def planned_precision(config: PlanConfig) -> Precision:
     """Returns the types that the run would have on the card."""
     if config.use_fp16:
@@ -145,34 +140,57 @@ def meta_model(config: PlanConfig, source: str, precision: Precision) -> Any:
         model = AutoModelForCausalLM.from_config(described)
         model = model.to(precision.compute if config.use_peft else precision.trained)
         model = attach_trained(model, replace(config, from_peft_checkpoint=""), precision)
-    kinds = {type(layer).__name__ for layer in decoder_layers(model)}
-    if not kinds <= set(KNOWN_LAYERS):
-        raise ConfigError(f"plan: {', '.join(sorted(kinds))} is not known here, only {', '.join(KNOWN_LAYERS)}")
+    reason = why_not_fused(model, config, precision)
+    if reason:
+        raise ConfigError(f"plan: it knows runs whose layers are fused, and this one's are not ({reason})")
     return model
 
 
+def why_not_fused(model: Any, config: PlanConfig, precision: Precision) -> str:
+    """Returns why the trainer would not fuse the layers of a model without weights; nothing where it would."""
+    if config.use_fast_kernels is False:
+        return "--use_fast_kernels false"
+    if config.quantization == "8bit":
+        return "--quantization 8bit"
+    if config.use_peft and (config.lora_config.use_dora or config.lora_config.bias != "none"):
+        return "DoRA, or biases that train"
+    if config.freeze_layers and precision.trained != precision.compute:
+        return "--freeze_layers without --pure_bf16"
+    try:
+        apply_document_attention(model)
+        check_fusible(model, config, precision)
+        kinds = {type(layer).__name__ for layer in decoder_layers(model)}
+    except UnknownLayerError as error:
+        return str(error)
+    unknown = sorted(kinds - set(KNOWN_LAYERS))
+    return f"{', '.join(unknown)}, not one of {', '.join(KNOWN_LAYERS)}" if unknown else ""
+
+
 def fitted(
-    config: PlanConfig, model: Any, shape: Shape, batch_rows: int, limit: int
+    config: PlanConfig, model: Any, shape: Shape, loader: Loader, limit: int
 ) -> tuple[int, list[Keep], Footprint]:
     """Returns into how many a batch is cut, what layers keep, and what that takes: as the trainer would decide."""
     free = MARGIN * (limit - CONTEXT)
-    for pieces in divisors(batch_rows):
-        tokens = batch_rows // pieces * config.context_length
+    for pieces in divisors(loader.batch_rows):
+        cut = replace(loader, batch_rows=loader.batch_rows // pieces, window_batches=loader.window_batches * pieces)
+        tokens, accumulates = largest_tokens(cut), cut.window_batches > 1
         budget = size_in_bytes(config.activation_memory)
         keeps = [KEEPS.get(config.activation_memory, Keep.ALL)] * shape.layers
         keeps = keeps_within(shape, tokens, budget) if budget is not None else keeps
-        found = footprint(config, model, shape, tokens, keeps)
-        if found.peak > free and pieces == batch_rows and config.activation_memory == "auto":
-            least = footprint(config, model, shape, tokens, [Keep.INPUT] * shape.layers)
+        found = footprint(config, model, shape, tokens, keeps, accumulates)
+        if found.peak > free and cut.batch_rows == 1 and config.activation_memory == "auto":
+            least = footprint(config, model, shape, tokens, [Keep.INPUT] * shape.layers, accumulates)
             keeps = keeps_within(shape, tokens, int(least.kept + free - least.peak))
-            found = footprint(config, model, shape, tokens, keeps)
+            found = footprint(config, model, shape, tokens, keeps, accumulates)
         if found.peak <= free:
             break
     return pieces, keeps, found
 
 
-def footprint(config: PlanConfig, model: Any, shape: Shape, tokens: int, keeps: Sequence[Keep]) -> Footprint:
-    """Returns the bytes of a step of so many tokens."""
+def footprint(
+    config: PlanConfig, model: Any, shape: Shape, tokens: int, keeps: Sequence[Keep], accumulates: bool
+) -> Footprint:
+    """Returns the bytes of a step whose largest batch has so many tokens."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     weights = sum(parameter.numel() * parameter.element_size() for parameter in frozen)
@@ -189,7 +207,7 @@ def footprint(config: PlanConfig, model: Any, shape: Shape, tokens: int, keeps: 
         gradients=gradients,
         kept=sum(tokens * shape.kept_bytes(keep) for keep in keeps),
         passing=shape.passing_bytes(tokens, keeps[-1]),
-        accumulates=config.batch_size_training * config.gradient_accumulation_steps * config.context_length > tokens,
+        accumulates=accumulates,
     )
 
 

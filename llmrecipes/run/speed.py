@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from llmrecipes.batch import attention_window
+from llmrecipes.batch import BY_DOCUMENT
 from llmrecipes.config.schema import RunConfig
 from llmrecipes.data.loaders import Loader
 from llmrecipes.errors import ConfigError, HardwareError
@@ -16,7 +16,7 @@ from llmrecipes.kernels.footprint import Shape
 from llmrecipes.kernels.head import fused_loss_sum
 from llmrecipes.kernels.jit import triton
 from llmrecipes.kernels.layers import KNOWN_LAYERS, FusedLayer, UnknownLayerError, apply_fused_layers, decoder_layers
-from llmrecipes.precision import Precision
+from llmrecipes.precision import Precision, out_of_memory_told
 from llmrecipes.training.loss import loss_sum
 from llmrecipes.training.updater import LossSum
 
@@ -65,7 +65,8 @@ def fuse_layers(model: Any, config: RunConfig, precision: Precision) -> Fused:
     on_gpu = precision.device.type == "cuda"
     if config.use_fast_kernels is False or not (wanted or on_gpu):
         return Fused("", loss_sum)
-    compute = eight_bit_compute(config, precision, model.config.get_text_config().hidden_size)
+    capability = torch.cuda.get_device_capability(precision.device) if on_gpu else None
+    compute = eight_bit_compute(config, capability, model.config.get_text_config().hidden_size)
     try:
         check_fusible(model, config, precision)
         apply_fused_layers(model, precision.compute, compute)
@@ -107,39 +108,43 @@ def check_fusible(model: Any, config: RunConfig, precision: Precision) -> None:
     """Raises `UnknownLayerError` where the run has something that fused layers do not."""
     if config.use_peft and config.peft_method != "lora":
         raise UnknownLayerError(f"--peft_method {config.peft_method} changes them")
-    if attention_window(model.config):
-        raise UnknownLayerError("the model attends within windows")
+    if model.config._attn_implementation != BY_DOCUMENT:
+        raise UnknownLayerError("the model does not attend by document")
+    head = model.get_output_embeddings()
+    if hasattr(head, "lora_A") or getattr(head, "bias", None) is not None:
+        raise UnknownLayerError("the head has LoRA or a bias")
     if precision.device.type == "cuda" and triton is None:
         raise UnknownLayerError("Triton is not installed")
 
 
-def eight_bit_compute(config: RunConfig, precision: Precision, width: int) -> str:
-    """Returns how 4-bit weights are to be multiplied, `auto` resolved; raises `HardwareError`."""
+def eight_bit_compute(config: RunConfig, capability: tuple[int, int] | None, width: int) -> str:
+    """Returns how 4-bit weights are to be multiplied, `auto` resolved; raises `HardwareError`.
+
+    `capability` is the GPU's, None without one; `width` the model's.
+    """
     asked = config.quantization_config.compute
     if config.quantization != "4bit" or asked == "bf16":
         return EXACT
-    capability = torch.cuda.get_device_capability(precision.device) if precision.device.type == "cuda" else None
     if asked == "fp8" and capability is not None and capability < (8, 9):
         raise HardwareError(
             "--quantization_config.compute fp8: this GPU has no 8-bit floating point (Ada and Hopper do); use int8"
         )
     if asked != "auto":
         return asked
-    pays = width >= WIDE and capability is not None and capability >= (8, 0)
-    return "int8" if pays else EXACT
+    return "int8" if width >= WIDE and capability is not None and capability >= (8, 0) else EXACT
 
 
 def calibrated(fused: Fused, model: Any, loader: Loader, precision: Precision, asked: str) -> str:
-    """Tries 8-bit matmuls on the first batch, switches them off in layers where they are too far off; returns a text.
+    """Tries 8-bit matmuls on the first row, switches them off in layers where they are too far off; returns a text.
 
     Where the user `asked` for a kind instead of `auto`, no layer is switched off.
     """
     if fused.compute == EXACT:
         return ""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    batch = loader.batch(loader.window_rows(0)[0][0])
+    batch = loader.batch(loader.window_rows(0)[0][0][:1])
     bound = BOUND if asked == "auto" else float("inf")
-    with precision.autocast():
+    with precision.autocast(), out_of_memory_told("calibration", "--quantization_config.compute bf16"):
         errors = calibrate(base.base_model, list(fused.layers), batch.to(precision.device), bound)
     exact = [number for number, error in enumerate(errors) if error > bound]
     told = f"matmuls in {fused.compute} (error of a layer {min(errors):.1%} to {max(errors):.1%}"

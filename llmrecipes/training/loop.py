@@ -195,7 +195,7 @@ def train_step(model: Any, window: Window, updater: Updater, progress: Progress,
     """Returns the metrics of one optimizer step: every supervised token of the window weighs the same.
 
     Where the memory does not suffice, the step is done again with batches of half as many rows, which is the same
-    update, and so are all steps from then on.
+    update (but for LoRA's dropout, which is drawn anew), and so are all steps from then on.
     """
     supervised, useful = sum(batch.supervised_tokens for batch in window), sum(batch.useful_tokens for batch in window)
     if supervised == 0:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -463,3 +464,16 @@ def test_a_process_with_workers_left_ends_all_the_same() -> None:
     )
     assert done.returncode == 1
     assert done.stderr.endswith("KeyError: 'our own bug'\n"), done.stderr
+
+
+@pytest.mark.parametrize("pieces", [2, 4])
+def test_batches_that_are_cut_hold_the_same_windows(pieces: int, random_samples: Samples) -> None:
+    samples = random_samples(40)
+    whole = Loader(samples, "padding", 64, batch_rows=4, window_batches=2, seed=0, group_by_length=True, grouped_rows=4)
+    cut = replace(whole, batch_rows=4 // pieces, window_batches=2 * pieces)
+    for epoch in (0, 1):
+        found, expected = (
+            [[row for batch in window for row in batch] for window in loader.window_rows(epoch)]
+            for loader in (cut, whole)
+        )
+        assert found == expected

@@ -125,7 +125,9 @@ def test_layers_that_are_not_fused_keep_their_input(samples: list[Sample], monke
 
 
 def test_what_cannot_fit_is_told_with_numbers(samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(HardwareError, match=r"rehearsal: one row of \d+ tokens takes .* are free; try --quantization"):
+    with pytest.raises(
+        HardwareError, match=r"rehearsal: one row of \d+ tokens takes .* are free; try --optimizer adamw_8bit"
+    ):
         fitted(STATIC, samples, monkeypatch)
 
 
@@ -135,6 +137,16 @@ def test_layers_keep_what_the_flag_says(
 ) -> None:
     _, keeps, _ = fitted(bytes_of(samples, 1, Keep.ALL), samples, monkeypatch, activation_memory=flag)
     assert set(keeps) == {keep}
+
+
+def test_remedies_are_what_the_run_has_not_tried() -> None:
+    fused = Fused("", loss_sum, [SimpleNamespace(keep=Keep.ALL)], shape=SHAPE)
+    told = memory.remedies(config_of(use_peft="true", activation_memory="keep"), fused)
+    assert told.startswith("--quantization 4bit, --activation_memory offload, --optimizer adamw_8bit, a smaller")
+    tried = {"use_peft": "true", "quantization": "4bit", "optimizer": "adamw_8bit", "activation_memory": "offload"}
+    assert memory.remedies(config_of(**tried), fused) == "a smaller --context_length or a smaller model"
+    plain = memory.remedies(config_of(activation_memory="keep"), Fused("", loss_sum))
+    assert plain.startswith("--activation_memory recompute")
 
 
 def test_a_size_is_a_budget_for_what_layers_keep(samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:

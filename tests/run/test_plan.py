@@ -6,19 +6,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
 
+from llmrecipes.batch import Sample
 from llmrecipes.command import run_command
 from llmrecipes.config.loading import load_config
 from llmrecipes.config.schema import PlanConfig
-from llmrecipes.errors import ConfigError
+from llmrecipes.data.loaders import Loader
+from llmrecipes.errors import ConfigError, HardwareError
 from llmrecipes.kernels.decoder import Keep
 from llmrecipes.kernels.layers import decoder_layers
 from llmrecipes.models.adapters import attach_trained
 from llmrecipes.run import plan as module
-from llmrecipes.run.speed import fused_shape
+from llmrecipes.run.speed import eight_bit_compute, fused_shape
 
 SEVEN_BILLION = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
 LORA = {"use_peft": "true", "lora_config.r": "16", "lora_config.target_modules": "all-linear"}
@@ -49,8 +52,15 @@ def planned(flags: dict[str, str], limit: int) -> tuple[int, list[Keep], module.
         model: Any = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SEVEN_BILLION))
         model = model.to(precision.compute if config.use_peft else precision.trained)
         model = attach_trained(model, config, precision)
-    shape = fused_shape(model, decoder_layers(model)[0], config, precision, module.planned_compute(config))
-    return module.fitted(config, model, shape, config.batch_size_training, limit)
+    assert module.why_not_fused(model, config, precision) == ""
+    compute = eight_bit_compute(config, (9, 0), 4096)
+    shape = fused_shape(model, decoder_layers(model)[0], config, precision, compute)
+    ids = np.zeros(4096, dtype=np.int32)
+    loader = Loader(
+        [Sample(ids, ids, row) for row in range(8)], "packing", 4096, config.batch_size_training,
+        config.gradient_accumulation_steps, fixed_shapes=True,
+    )  # fmt: skip
+    return module.fitted(config, model, shape, loader, limit)
 
 
 @pytest.mark.parametrize("name", MEASURED)
@@ -105,5 +115,51 @@ def test_a_model_that_is_not_known_is_told(plan: Callable[..., int], tmp_path: P
     path = tmp_path / "described" / "config.json"
     config = transformers.GemmaConfig(vocab_size=260, hidden_size=32, num_hidden_layers=2, head_dim=8)
     path.write_text(json.dumps(config.to_dict()))
-    with pytest.raises(ConfigError, match="plan: GemmaDecoderLayer is not known here"):
+    with pytest.raises(
+        ConfigError,
+        match="plan: it knows runs whose layers are fused, and this one's are not .GemmaDecoderLayer, not one of",
+    ):
         plan()
+
+
+def test_a_model_of_another_kind_is_told(plan: Callable[..., int], tmp_path: Path) -> None:
+    config = transformers.GPT2Config(vocab_size=260, n_embd=32, n_layer=2, n_head=2)
+    (tmp_path / "described" / "config.json").write_text(json.dumps(config.to_dict()))
+    with pytest.raises(ConfigError, match="has no list of decoder layers"):
+        plan()
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ({"quantization": "8bit", "use_peft": "true"}, "--quantization 8bit"),
+        ({"use_fast_kernels": "false"}, "--use_fast_kernels false"),
+        ({"use_peft": "true", "lora_config.use_dora": "true"}, "DoRA"),
+        ({"freeze_layers": "true"}, "--freeze_layers without --pure_bf16"),
+        ({"use_peft": "true", "lora_config.target_modules": "q_proj,lm_head"}, "the head has LoRA"),
+    ],
+    ids=["8bit", "plain", "DoRA", "frozen layers", "LoRA on the head"],
+)
+def test_what_would_not_be_fused_is_not_planned(flags: dict[str, str], told: str, plan: Callable[..., int]) -> None:
+    with pytest.raises(ConfigError, match=f"whose layers are fused, and this one's are not .{told}"):
+        plan(**flags)
+
+
+def test_a_card_computes_what_it_can(plan: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    stored = {"use_peft": "true", "quantization": "4bit"}
+    with pytest.raises(HardwareError, match="fp8: this GPU has no 8-bit floating point"):
+        plan(card="a100", **stored, **{"quantization_config.compute": "fp8"})
+    assert plan(card="a100", **stored) == 0
+    assert "matmuls exact" in capsys.readouterr().out  # too narrow for 8 bits to pay
+    assert plan(card="3090", fit="100GiB") == 0
+    assert "of 24.0 GiB" in capsys.readouterr().out
+
+
+def test_padded_batches_are_planned_as_long_as_they_are(
+    plan: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = []
+    for length in ("64", "128"):
+        plan(batching_strategy="padding", context_length=length)
+        told.append(capsys.readouterr().out)
+    assert told[0] == told[1]

@@ -63,8 +63,9 @@ def test_8_bit_matmuls_learn_and_their_error_is_told(
           "llama_adapter_config.adapter_layers": 2}, "the layers cannot be fused"),
         ({"lora_config.use_dora": True}, "DoRA"),
         ({"quantization": "8bit"}, "Linear8bitLt"),
+        ({"lora_config.target_modules": "q_proj,lm_head"}, "the head has LoRA"),
     ],
-    ids=["prefix", "llama_adapter", "DoRA", "8bit"],
+    ids=["prefix", "llama_adapter", "DoRA", "8bit", "LoRA on the head"],
 )  # fmt: skip
 def test_what_cannot_be_fused_is_told_where_it_is_demanded(
     flags: dict[str, Any], told: str, finetune: Command, tmp_path: Path
@@ -94,5 +95,5 @@ def test_a_model_with_windows_keeps_its_layers(
     model = transformers.MistralForCausalLM(config)
     wanted = load_config(RunConfig, {"model_name": "m", "output_dir": "o", "use_peft": "true"}).config
     precision = Precision(torch.device("cpu"), torch.float32, torch.float32, loss_scaling=False)
-    with pytest.raises(UnknownLayerError, match="within windows"):
+    with pytest.raises(UnknownLayerError, match="does not attend by document"):
         check_fusible(model, wanted, precision)
