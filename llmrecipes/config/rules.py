@@ -91,7 +91,9 @@ RUN_EFFECTS = (
     Effect(("wandb_config.*",), lambda c: c.use_wandb or "wandb" in c.report_to, "--use_wandb"),
     Effect(("flop_counter_start",), lambda c: c.flop_counter, "--flop_counter"),
     Effect(("profiler_dir",), lambda c: c.use_profiler, "--use_profiler"),
-    Effect(("save_steps",), lambda c: c.save_model, "--save_model"),
+    Effect(("save_steps", "save_on", "keep_last"), lambda c: c.save_model, "--save_model"),
+    Effect(("resume_allow_changes",), lambda c: c.resume != "never", "--resume auto"),
+    Effect(("skip_spikes",), lambda c: c.spike_sigma > 0, "--spike_sigma above 0"),
     Effect(
         ("low_cpu_fsdp", "dist_checkpoint_root_folder", "dist_checkpoint_folder", "save_optimizer",
          "fsdp_config.sharding_strategy", "fsdp_config.hsdp", "fsdp_config.*_group_size", "fsdp_config.checkpoint_type",

@@ -53,7 +53,12 @@ class Run:
         epochs = plan.setdefault("epochs", 2)
         plan.setdefault("steps", sum(len(training.window_rows(epoch)) for epoch in range(epochs)))
         updater = Updater(model, torch.optim.SGD(model.parameters(), lr=lr), SCHEDULES["constant"], FP32)
-        hooks = Hooks(self.report, lambda name: self.events.append(f"save {name}"), self.stop)
+        hooks = Hooks(
+            self.report,
+            save=lambda name: self.events.append(f"save {name}"),
+            checkpoint=lambda place: self.events.append(f"checkpoint {place.step}"),
+            stop_requested=self.stop,
+        )
         self.result: TrainResult = train(model, training, validation, updater, TrainPlan(**plan), hooks)
 
     def report(self, record: Record) -> None:
@@ -133,14 +138,14 @@ def test_the_plan_decides_where_it_ends(steps: int, samples: list[Sample]) -> No
 
 def test_save_steps_and_logging_steps(samples: list[Sample]) -> None:
     run = Run(Bigram(), loaders(samples)[0], None, save_steps=2, logging_steps=4)
-    assert run.events == ["save step-000002", "step 4", "save step-000004", "step 6", "save step-000006", "save last"]
+    assert run.events == ["checkpoint 2", "step 4", "checkpoint 4", "step 6", "checkpoint 6", "save last"]
 
 
 def test_a_wish_to_stop_is_heard_after_the_step_and_what_is_there_is_saved(samples: list[Sample]) -> None:
     run = Run(Bigram(), *loaders(samples), stop_after=2)
-    assert run.events == ["step 1", "step 2", "save last"] and run.result.stopped
+    assert run.events == ["step 1", "step 2", "checkpoint 2", "save last"] and run.result.stopped
     after_validation = Run(Bigram(), *loaders(samples), stop_after=3, eval_steps=3)
-    assert after_validation.events == ["step 1", "step 2", "step 3", "save last"]
+    assert after_validation.events == ["step 1", "step 2", "step 3", "checkpoint 3", "save last"]
 
 
 def test_the_loss_of_a_record_is_the_mean_over_its_supervised_tokens(samples: list[Sample]) -> None:
