@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from llmrecipes.batch import Batch, Window
+from llmrecipes.errors import ConfigError
 from llmrecipes.reports.format import printable
 from llmrecipes.run.output import write_folder
 from llmrecipes.training.state import trained_parameters
@@ -42,8 +43,8 @@ class BlackBox:
         if record["kind"] != "start":
             self._records.append(record)
 
-    def write(self, folder: Path, model: Any, tokenizer: Any, updater: Updater, error: BaseException) -> Path:
-        """Writes what is remembered; returns the folder."""
+    def write(self, folder: Path, model: Any, tokenizer: Any, updater: Updater, error: BaseException) -> str:
+        """Writes what is remembered; returns where, to stand behind the error; empty where it could not be written."""
         gradients = gradient_norms(model, self._windows[-1], updater) if self._windows else {}
 
         def fill(target: Path) -> None:
@@ -71,8 +72,11 @@ class BlackBox:
             (target / "metrics.jsonl").write_text("".join(f"{line}\n" for line in records), encoding="utf-8")
             (target / "error.txt").write_text(f"{error}\n", encoding="utf-8")
 
-        write_folder(folder / FOLDER, fill, {"kind": "black box"})
-        return folder / FOLDER
+        try:
+            write_folder(folder / FOLDER, fill, {"kind": "black box"})
+        except ConfigError:
+            return ""
+        return f"; the last samples and norms are in {folder / FOLDER}"
 
 
 def samples_of(batch: Batch, tokenizer: Any) -> list[dict[str, Any]]:

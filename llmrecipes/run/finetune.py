@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,7 +35,7 @@ from llmrecipes.run.blackbox import BlackBox
 from llmrecipes.run.closing import closing_summary
 from llmrecipes.run.keeping import Keeper, describer
 from llmrecipes.run.memory import fit_memory
-from llmrecipes.run.output import ResultWriter, check_output_dir
+from llmrecipes.run.output import ResultWriter, check_output_dir, disk_told
 from llmrecipes.run.preparing import (
     determinism_told,
     load_split,
@@ -274,7 +275,8 @@ def run_training(
 ) -> TrainResult:
     """Trains, showing progress and feeding the trackers; a signal ends it after the step at hand."""
     device, box, place = updater.precision.device, BlackBox(), keeper.place
-    with TrainingProgress() as progress, SaveRequest(config.save_on, writer.folder) as save:
+    wishes = SaveRequest(config.save_on, writer.folder)
+    with TrainingProgress() as progress, wishes as save, disk_told(writer.folder):
 
         def report(record: dict[str, Any]) -> None:
             record = {**record, "memory_bytes": peak_memory_bytes(device)}
@@ -293,11 +295,11 @@ def run_training(
             with out_of_memory_told("training", SMALLER), determinism_told():
                 result = train(writer.model, loaders.training, loaders.validation, updater, plan, hooks, place)
         except TrainingError as error:
-            # Steps that were skipped never reached these weights.
-            keeper.checkpoint(place)
-            writer("last")
+            with suppress(ConfigError):  # steps that were skipped never reached these weights
+                keeper.checkpoint(place)
+                writer("last")
             saw = box.write(writer.folder, writer.model, writer.tokenizer, updater, error)
-            raise TrainingError(f"{error}; the last samples and norms are in {saw}") from None
+            raise TrainingError(f"{error}{saw}") from None
         report({"kind": "end", "step": result.steps, "stopped": result.stopped, "best_loss": result.best_loss})
     return result
 

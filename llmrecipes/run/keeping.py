@@ -22,7 +22,7 @@ from llmrecipes.precision import Precision, device_name
 from llmrecipes.reports.trackers import METRICS_FILE
 from llmrecipes.run.checkpoints import Checkpoints, versions
 from llmrecipes.run.manifest import flush
-from llmrecipes.run.output import ResultWriter, claim_output_dir, is_whole, write_file
+from llmrecipes.run.output import ResultWriter, claim_output_dir, disk_told, is_whole, write_file
 from llmrecipes.run.resuming import (
     Origin,
     base_fingerprint,
@@ -71,8 +71,9 @@ class Keeper:
 
     def open(self, folder: Path) -> str | None:
         """Takes a folder that is there and finds what to go on from; returns why there is nothing to do, or None."""
-        if folder.is_dir():
-            self._lock.acquire(folder)
+        with disk_told(folder):
+            if folder.is_dir():
+                self._lock.acquire(folder)
         done = finished_text(self.config, folder)
         self.origin = None if done else find_origin(self.config, folder)
         return done
@@ -87,6 +88,10 @@ class Keeper:
 
     def claim(self, folder: Path, loaded: Loaded[RunConfig], values: Mapping[str, object]) -> None:
         """Makes the folder this run's own: emptied of an older run, or rewound to the checkpoint."""
+        with disk_told(folder):
+            self._claim(folder, loaded, values)
+
+    def _claim(self, folder: Path, loaded: Loaded[RunConfig], values: Mapping[str, object]) -> None:
         origins = {key: "default" if key in ASKED_ONCE else origin for key, origin in loaded.origins.items()}
         settings = run_yaml(replace(loaded, origins=origins), values)
         if not folder.is_dir():

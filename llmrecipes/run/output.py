@@ -117,7 +117,7 @@ def write_folder(folder: Path, write: Callable[[Path], None], about: Mapping[str
     """
     temporary = folder.parent / f"{TEMPORARY}{folder.name}"
     _written(temporary, write, about)
-    with _told(folder.parent):
+    with disk_told(folder.parent):
         aside = folder.parent / f"{TEMPORARY}old-{folder.name}"
         if folder.exists():
             _remove_if_there(aside)
@@ -134,7 +134,7 @@ def write_into(folder: Path, write: Callable[[Path], None], about: Mapping[str, 
     """
     temporary = folder / f"{TEMPORARY}result"
     _written(temporary, write, about)
-    with _told(folder):
+    with disk_told(folder):
         temporary.rename(folder / PENDING)
         flush(folder)
         _move_pending(folder)
@@ -150,7 +150,7 @@ def write_file(path: Path, text: str) -> None:
 
 def tidy(folder: Path) -> None:
     """Ends what a run that was killed had begun to write, and removes what it had not finished writing."""
-    with _told(folder):
+    with disk_told(folder):
         if (folder / PENDING).is_dir():
             _move_pending(folder)
         for item in sorted(folder.glob(f"{TEMPORARY}*")):
@@ -180,11 +180,11 @@ def _move_pending(folder: Path) -> None:
 
 
 def _written(temporary: Path, write: Callable[[Path], None], about: Mapping[str, Any] | None) -> None:
-    with _told(temporary.parent):
+    with disk_told(temporary.parent):
         _remove_if_there(temporary)
         temporary.mkdir(parents=True)
     try:
-        with _told(temporary.parent):
+        with disk_told(temporary.parent):
             write(temporary)
             seal(temporary, about or {})
     except ConfigError:
@@ -194,15 +194,14 @@ def _written(temporary: Path, write: Callable[[Path], None], about: Mapping[str,
 
 
 @contextmanager
-def _told(folder: Path) -> Iterator[None]:
+def disk_told(folder: Path) -> Iterator[None]:
     """Turns what keeps files from being written into one line."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         why = getattr(error, "strerror", None) or error
         raise ConfigError(
-            f"{folder}: the weights could not be written ({why}); what was saved before is whole: make room, and "
-            "run it again"
+            f"{folder}: it could not be written to ({why}); what was saved before is whole: make room, and run it again"
         ) from None
 
 

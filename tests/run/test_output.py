@@ -137,7 +137,7 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     write_folder(tmp_path / "last", good)
     write_into(tmp_path / "last", good)
     for write in (write_folder, write_into):
-        with pytest.raises(ConfigError, match="could not be written .No space left on device"):
+        with pytest.raises(ConfigError, match="could not be written to .No space left on device"):
             write(tmp_path / "last", bad)
         assert sorted(contents(tmp_path)) == ["last/manifest.json", "last/weights"]
         assert contents(tmp_path)["last/weights"] == b"new" and is_whole(tmp_path / "last")
@@ -155,7 +155,7 @@ def files_at_most(size: int) -> Iterator[None]:
 
 
 def test_a_full_disk_is_one_line_and_leaves_no_half_of_an_adapter(finetune: Command, tmp_path: Path) -> None:
-    with files_at_most(20_000), pytest.raises(ConfigError, match="the weights could not be written"):
+    with files_at_most(20_000), pytest.raises(ConfigError, match="it could not be written to"):
         finetune(tmp_path / "out", **{"lora_config.target_modules": "all-linear", "lora_config.r": 16})
     assert set(contents(tmp_path / "out")) == {"run.yaml", "metrics.jsonl", "status.json"}
 

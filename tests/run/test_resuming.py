@@ -1,16 +1,14 @@
 """Laws of going on: a run that is killed anywhere and resumed comes to the very bits of one that was not."""
 
 import json
-import os
 import shutil
 import signal
-import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from faults import COMMON, RUNS, assert_equal, at_write, count_writes, curve, forked, killed, weights
 
 from llmrecipes.command import guarded
 from llmrecipes.errors import ConfigError
@@ -19,118 +17,6 @@ from llmrecipes.run.manifest import check_folder, seal
 
 Command = Callable[..., int]
 Records = Callable[..., list[dict[str, Any]]]
-
-RUNS: dict[str, dict[str, Any]] = {
-    "lora with dropout": {"lora_config.lora_dropout": 0.2},
-    "full": {"use_peft": None, "lora_config.lora_dropout": None, "lr": 1e-3},
-    "nf4": {"quantization": "4bit", "lora_config.lora_dropout": 0.2},
-}
-COMMON = {
-    "num_epochs": 3,
-    "batch_size_training": 4,
-    "save_steps": 2,
-    "run_validation": True,
-    "lr_scheduler": "cosine",
-    "gamma": None,
-    "warmup_steps": 2,
-    "resume": "auto",
-}
-"""Nine steps of three epochs, so that checkpoints fall within epochs and at their end."""
-
-EXACT = ("step", "epoch", "loss", "gradient_norm", "learning_rate", "supervised_tokens", "useful_tokens")
-
-
-def curve(folder: Path) -> list[tuple[Any, ...]]:
-    """All that a run wrote of its steps and validations, but for what a clock measured."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [(line["kind"], *(line.get(name) for name in (*EXACT, "eval_loss"))) for line in lines]
-
-
-def weights(folder: Path) -> dict[str, bytes]:
-    """The saved weights, byte for byte, of the result and of `last`."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*.safetensors")
-        if "step-" not in str(path) and "black-box" not in str(path)
-    }
-
-
-def forked(action: Callable[[], int]) -> int:
-    """Runs an action in a copy of this process and returns how it ended, as `subprocess` tells it."""
-    child = os.fork()
-    if child == 0:
-        code = 99
-        try:
-            code = action()
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def at_write(number: int, folder: Path, then: Callable[[str], None]) -> list[str]:
-    """Calls `then` when this process is about to touch `folder` for the nth time; returns what it touches."""
-    seen: list[str] = []
-    kinds = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"}
-    place = str(folder)
-
-    def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        if event not in kinds or not str(arguments[0]).startswith(place):
-            return
-        if event == "open" and isinstance(arguments[2], int) and not arguments[2] & (os.O_WRONLY | os.O_RDWR):
-            return
-        seen.append(f"{event} {arguments[0]}")
-        if len(seen) == number:
-            then(seen[-1])
-
-    sys.addaudithook(hook)
-    return seen
-
-
-def killed(what: str) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _warm(finetune: Command, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Has this process import all that a run needs, so that none of its copies must."""
-    assert finetune(tmp_path_factory.mktemp("warm") / "out", max_train_step=1, quantization="4bit") == 0
-
-
-@pytest.fixture(scope="session")
-def undisturbed(finetune: Command, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A run of each kind that nothing happens to."""
-    done: dict[str, Path] = {}
-
-    def run(name: str) -> Path:
-        if name not in done:
-            done[name] = tmp_path_factory.mktemp("undisturbed") / "out"
-            assert forked(lambda: finetune(done[name], **{**COMMON, **RUNS[name]})) == 0
-        return done[name]
-
-    return run
-
-
-def assert_equal(found: Path, expected: Path) -> None:
-    assert curve(found) == curve(expected)
-    assert weights(found) == weights(expected)
-    assert not list(found.glob(".tmp-*")) and not (found / "run.lock").exists()
-
-
-def count_writes(finetune: Command, folder: Path, flags: dict[str, Any]) -> int:
-    """How often a run touches its folder."""
-    told = folder.parent / "writes"
-
-    def run() -> int:
-        seen = at_write(0, folder, killed)
-        code = finetune(folder, **flags)
-        told.write_text("\n".join(seen))
-        return code
-
-    assert forked(run) == 0
-    shutil.rmtree(folder)
-    return len(told.read_text().splitlines())
 
 
 @pytest.mark.parametrize("name", RUNS)
