@@ -54,6 +54,16 @@ def weights(folder: Path) -> dict[str, bytes]:
 
 def forked(action: Callable[[], int]) -> int:
     """Runs an action in a copy of this process and returns how it ended, as `subprocess` tells it."""
+    return ended(begun(action))
+
+
+def ended(child: int) -> int:
+    """Waits for a copy to end and returns how it did."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def begun(action: Callable[[], int]) -> int:
+    """Begins an action in a copy of this process; returns its process id."""
     child = os.fork()
     if child == 0:
         code = 99
@@ -63,7 +73,7 @@ def forked(action: Callable[[], int]) -> int:
             traceback.print_exc()
         finally:
             os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return child
 
 
 def at_write(number: int, folder: Path, then: Callable[[str], None], lasting: bool = False) -> list[str]:

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from llmrecipes.errors import ConfigError
 from llmrecipes.reports.format import gib
-from llmrecipes.run.output import ResultWriter, write_folder
+from llmrecipes.run.output import ResultWriter, remove_folder, write_folder
 from llmrecipes.training.state import Place, Tensors, mutable_state, trained_parameters
 from llmrecipes.training.updater import Updater
 
@@ -114,7 +114,7 @@ class Checkpoints:
         found = checkpoints(self.writer.folder)
         for folder in found[self.keep_last :]:
             if folder not in kept and (self.origin is None or folder.resolve() != self.origin.resolve()):
-                shutil.rmtree(folder, ignore_errors=True)
+                remove_folder(folder)
 
 
 _SAFETENSORS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}

@@ -73,20 +73,26 @@ def check_output_file(path: str, flag: str) -> Path:
 
 
 def claim_output_dir(folder: Path, mark: str, settings: str) -> None:
-    """Empties a checked folder of the run that it holds and writes the settings of the new one, as file `mark`."""
+    """Empties a checked folder of the run that it holds and writes the settings of the new one, as file `mark`.
+
+    Until then the old one's settings stay, by which the folder is known to be ours.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for item in _held(folder, OURS):
-            if item.name != LOCK_FILE:
+            if item.name not in (LOCK_FILE, *MARKS):
                 _remove(item)
-        (folder / mark).write_text(settings, encoding="utf-8")
+        write_file(folder / mark, settings)
+        for item in _held(folder, MARKS):
+            if item.name != mark:
+                _remove(item)
     except OSError as error:
         raise ConfigError(f"--output_dir {folder}: cannot be written to ({error.strerror})") from None
 
 
 def _check_contents(folder: Path, path: str, overwrite: bool) -> None:
     """Raises `ConfigError` where a folder holds what no run wrote, or a run that is not to be replaced."""
-    foreign = set(folder.glob("*")) - _held(folder, OURS if _held(folder, MARKS) else (".tmp-*",))
+    foreign = set(folder.glob("*")) - _held(folder, OURS if _held(folder, MARKS) else (".tmp-*", LOCK_FILE))
     if foreign:
         raise ConfigError(
             f"--output_dir {path}: holds files that no run wrote ({min(foreign).name}); name a new folder"
@@ -148,6 +154,15 @@ def write_file(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+def remove_folder(folder: Path) -> None:
+    """Removes a folder of ours, which no one takes for a whole one in the meantime."""
+    gone = folder.parent / f"{TEMPORARY}gone-{folder.name}"
+    with disk_told(folder.parent):
+        _remove_if_there(gone)
+        folder.rename(gone)
+        _remove(gone)
+
+
 def tidy(folder: Path) -> None:
     """Ends what a run that was killed had begun to write, and removes what it had not finished writing."""
     with disk_told(folder):
@@ -156,7 +171,8 @@ def tidy(folder: Path) -> None:
         for item in sorted(folder.glob(f"{TEMPORARY}*")):
             name = item.name.removeprefix(TEMPORARY)
             target = folder / name.removeprefix("old-")
-            if item.is_dir() and name != "result" and not target.exists() and is_whole(item):
+            unwanted = name == "result" or name.startswith("gone-")
+            if item.is_dir() and not unwanted and not target.exists() and is_whole(item):
                 item.rename(target)
             else:
                 _remove(item)

@@ -5,7 +5,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults import COMMON, RUNS, assert_equal, at_write, count_writes, disk_full, forked, killed
+from faults import COMMON, RUNS, assert_equal, at_write, begun, count_writes, disk_full, ended, forked, killed
 
 from llmrecipes import verify
 from llmrecipes.command import guarded
@@ -63,17 +62,10 @@ def test_fifty_kills_at_random_moments(
     began = time.perf_counter()
     folder = tmp_path / "out"
     for number in range(rounds(50)):
-        child = os.fork()
-        if child == 0:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            os._exit(forked(lambda: finetune(folder, **flags)) and 1)
+        child = begun(lambda: finetune(folder, **flags))
         time.sleep(draw.uniform(0.1, 0.95) * whole)
-        # The run is the grandchild: its process id is the one that the lock names, or it has not begun.
-        children = subprocess.run(["pgrep", "-P", str(child)], capture_output=True, text=True, check=False)
-        for pid in children.stdout.split():
-            os.kill(int(pid), signal.SIGKILL)
-            kills += 1
-        os.waitpid(child, 0)
+        os.kill(child, signal.SIGKILL)  # not waited for yet, so the number is still its own
+        kills += ended(child) == -signal.SIGKILL
         inside += bool(list(folder.glob(".tmp-*")) or (folder / ".result").exists())
         if number % 5 == 4 or number == rounds(50) - 1:
             assert forked(lambda: finetune(folder, **flags)) == 0
