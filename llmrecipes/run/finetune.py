@@ -33,7 +33,7 @@ from llmrecipes.reports.summary import summary_text
 from llmrecipes.reports.trackers import TRACKERS, check_tracker, redacted
 from llmrecipes.run.blackbox import BlackBox
 from llmrecipes.run.closing import closing_summary
-from llmrecipes.run.keeping import Keeper, describer
+from llmrecipes.run.keeping import Keeper, describer, plugin_notices
 from llmrecipes.run.memory import fit_memory
 from llmrecipes.run.output import ResultWriter, check_output_dir, disk_told
 from llmrecipes.run.preparing import (
@@ -122,9 +122,9 @@ def stations(loaded: Loaded[RunConfig], config_path: str | None, keeper: Keeper)
     loaders = replace(loaders, training=fitted.training)
     kernels += [fitted.told, f"{lanes} batches side by side" if lanes > 1 else ""]
     plan = train_plan(config, loaders)
-    functions = (plugins.preprocessor, plugins.optimizer, plugins.schedule)
+    functions = (plugins.preprocessor, plugins.optimizer, plugins.schedule, *plugins.trackers.values())
     describe = describer(config, loaders.training, functions, source, precision)
-    notices = [*keeper.notices(describe), *loaded.notices, *loaders.notices]
+    notices = [*keeper.notices(describe), *plugin_notices(functions), *loaded.notices, *loaders.notices]
     shown = shown_plan(config, loaders, model, precision, plan, kernels, notices)
     print(plan_text(replace(shown, memory_bytes=fitted.peak_bytes)), flush=True)
     writer = ResultWriter(folder, model, tokenizer, contract, enabled=config.save_model)

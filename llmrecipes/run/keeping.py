@@ -17,7 +17,7 @@ from llmrecipes.config.schema import RunConfig
 from llmrecipes.config.show import run_yaml
 from llmrecipes.data.fingerprint import order_fingerprint, samples_fingerprint
 from llmrecipes.data.loaders import Loader
-from llmrecipes.plugins import Plugin
+from llmrecipes.plugins import Plugin, shipped_folder
 from llmrecipes.precision import Precision, device_name
 from llmrecipes.reports.trackers import METRICS_FILE
 from llmrecipes.run.checkpoints import Checkpoints, versions
@@ -158,11 +158,24 @@ class Keeper:
             self._status.update(state, settings=compared_settings(self.config), **facts)
 
 
+def plugin_hashes(functions: Iterable[object]) -> dict[Path, str]:
+    """Returns the SHA-256 of each plug-in's file, as it was when it was run."""
+    plugins = [item for item in functions if isinstance(item, Plugin)]
+    return {item.path: sha256(item.source or b"").hexdigest() for item in plugins}
+
+
+def plugin_notices(functions: Iterable[object]) -> list[str]:
+    """Returns which programs of others a run runs, for its plan; those that come with llmrecipes are left out."""
+    own = shipped_folder("custom_datasets")
+    found = plugin_hashes(functions).items()
+    return [f"runs {path}, SHA-256 {digest}" for path, digest in found if path.parent != own]
+
+
 def describer(
     config: RunConfig, loader: Loader, functions: Iterable[object], source: str, precision: Precision
 ) -> Describe:
     """Returns a function: epoch -> what a run that goes on must find again. Each part is found out once."""
-    sources = {item.path.name: item.source or b"" for item in functions if isinstance(item, Plugin)}
+    hashes = plugin_hashes(functions)
     known: dict[str, Any] = {}
     orders: dict[int, str] = {}
 
@@ -171,7 +184,7 @@ def describer(
             known["settings"] = compared_settings(config)
             known["samples"] = samples_fingerprint(loader.samples)
             known["base"] = base_fingerprint(source, config.model_revision)
-            known["plugins"] = {name: sha256(source).hexdigest() for name, source in sources.items()}
+            known["plugins"] = {path.name: digest for path, digest in hashes.items()}
             known["versions"] = {**versions(), "device": device_name(precision.device)}
         if epoch not in orders:
             orders.clear()
