@@ -21,6 +21,16 @@ RUNS: dict[str, dict[str, Any]] = {
     "lora with dropout": {"lora_config.lora_dropout": 0.2},
     "full": {"use_peft": None, "lora_config.lora_dropout": None, "lr": 1e-3},
     "nf4": {"quantization": "4bit", "lora_config.lora_dropout": 0.2},
+    "as the quickstart": {
+        "batching_strategy": "packing",
+        "context_length": 16,
+        "batch_size_training": 2,
+        "optimizer": "adamw_fused",
+        "lr_scheduler": "linear",
+        "gradient_clipping": True,
+        "lora_config.target_modules": "all-linear",
+    },
+    "fp16, 8-bit optimizer": {"use_fp16": True, "mixed_precision": None, "optimizer": "adamw_8bit"},
 }
 COMMON = {
     "num_epochs": 3,
