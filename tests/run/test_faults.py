@@ -179,7 +179,7 @@ def test_a_full_disk_does_not_hide_sick_numbers(finetune: Command, tmp_path: Pat
     flags = {**DROPOUT, **poisoned(tmp_path, 1, 2, 3), "save_steps": 0, "run_validation": False}
 
     def run() -> int:
-        seen = at_write(1, tmp_path / "out" / ".tmp-", disk_full, lasting=True)
+        seen = at_write(1, tmp_path / "out" / ".tmp-step-", disk_full, lasting=True)
         with pytest.raises(TrainingError, match="3 times in a row"):
             finetune(tmp_path / "out", **flags)
         assert any(".tmp-step-000003" in what for what in seen)
