@@ -11,9 +11,12 @@ import pytest
 from faults import COMMON, RUNS, assert_equal, at_write, count_writes, curve, forked, killed, weights
 
 from llmrecipes.command import guarded
+from llmrecipes.config.loading import leaves_of
+from llmrecipes.config.schema import RunConfig
 from llmrecipes.errors import ConfigError
 from llmrecipes.run.checkpoints import checkpoints
 from llmrecipes.run.manifest import check_folder, seal
+from llmrecipes.run.resuming import FREE
 
 Command = Callable[..., int]
 Records = Callable[..., list[dict[str, Any]]]
@@ -222,6 +225,12 @@ def test_changes_are_gone_on_with_where_that_is_said(
     shown = " ".join(capsys.readouterr().out.split())
     assert "changed since the checkpoint: lr 0.01 -> 0.02; num_epochs 3 -> 4" in shown
     assert [record["step"] for record in records(tmp_path / "out")] == list(range(1, 13))
+
+
+def test_what_may_change_are_keys_of_a_run() -> None:
+    keys = [leaf.key for leaf in leaves_of(RunConfig)]
+    for free in FREE:
+        assert any(key == free or (free.endswith(".") and key.startswith(free)) for key in keys), free
 
 
 def test_an_adapter_of_another_shape_does_not_fit(
