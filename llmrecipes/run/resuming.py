@@ -30,8 +30,8 @@ FREE = (
     "output_dir", "overwrite_output_dir", "resume", "resume_allow_changes", "save_model", "save_steps", "save_on",
     "keep_last", "logging_steps", "save_metrics", "report_to", "use_wandb", "wandb_config.", "data_cache",
     "num_workers_dataloader", "batch_size_training", "gradient_accumulation_steps", "fit", "activation_memory",
-    "val_batch_size", "trust_remote_code", "max_skipped_steps", "flop_counter", "use_profiler", "profiler_dir", "one_gpu",
-    "leak_probe",
+    "val_batch_size", "trust_remote_code", "max_skipped_steps", "flop_counter", "use_profiler", "profiler_dir",
+    "one_gpu", "leak_probe",
 )  # fmt: skip
 """Keys that may change: neither the samples of a step nor its update depend on them. How a step's samples are cut
 into batches is free as long as the step stays the same, which the order's fingerprint tells."""
