@@ -36,10 +36,10 @@ from llmrecipes.config.schema import RunConfig
 from llmrecipes.data.loaders import Loader
 from llmrecipes.environment import prepare_environment
 from llmrecipes.kernels.attention import document_layout
-from llmrecipes.kernels.footprint import Shape
 from llmrecipes.models.adapters import attach_trained
 from llmrecipes.precision import Precision
 from llmrecipes.reports.memory import peak_memory_bytes
+from llmrecipes.run.measuring import ceiling
 from llmrecipes.run.memory import fit_memory
 from llmrecipes.run.preparing import run_precision, set_seeds
 from llmrecipes.run.speed import apply_attention, calibrated, fuse_layers
@@ -48,9 +48,13 @@ from llmrecipes.training.optimizers import OPTIMIZERS
 from llmrecipes.training.schedules import SCHEDULES, Progress
 from llmrecipes.training.updater import Updater
 
-PROMPTS = (31, 51, 62, 72, 82, 91, 101, 112, 124, 139, 154, 170, 187, 206, 227, 249, 274, 307, 351, 427, 1189)
-ANSWERS = (2, 11, 13, 15, 17, 18, 20, 21, 23, 25, 26, 28, 31, 33, 36, 38, 42, 46, 52, 62, 96)
-"""Every twentieth of SAMSum's training split in tokens of Llama-2 (14,731 samples, 215.7 tokens on average)."""
+SHARES = (*(share / 20 for share in range(20)), 0.98, 0.99, 0.999, 1)
+PROMPTS = (
+    31, 51, 62, 72, 82, 91, 101, 112, 124, 139, 154, 170, 187, 206, 227, 249, 274, 307, 351, 427, 518, 586, 803, 1189,
+)  # fmt: skip
+ANSWERS = (2, 11, 13, 15, 17, 18, 20, 21, 23, 25, 26, 28, 31, 33, 36, 38, 42, 46, 52, 62, 71, 77, 87, 96)
+"""Tokens that such shares of SAMSum's training split stay below, under Llama-2's tokenizer: 14,731 samples, of which
+a prompt has 185.7 tokens on average and an answer 30.0."""
 
 LORA = {"use_peft": "true", "lora_config.r": "16", "lora_config.target_modules": "all-linear"}
 LORA |= {"lora_config.lora_dropout": "0", "gradient_clipping": "true"}
@@ -135,9 +139,9 @@ def samples_of(row: Row, tokens: int) -> list[Sample]:
     generator = np.random.default_rng(0)
     samples: list[Sample] = []
     while tokens > 0:
-        at = np.array(generator.random(2))
-        at[1] = 0.65 * at[0] + 0.35 * at[1]  # long dialogues have long summaries: a correlation of 0.68
-        prompt, answer = (int(np.interp(p, np.linspace(0, 1, 21), known)) for p, known in zip(at, (PROMPTS, ANSWERS)))  # noqa: B905
+        place, other, alike = generator.random(3)  # long dialogues have long summaries: a correlation of 0.68
+        prompt = int(np.interp(place, SHARES, PROMPTS))
+        answer = int(np.interp(place if alike < 0.6 else other, SHARES, ANSWERS))
         prompt, answer = (0, row.sample_tokens) if row.sample_tokens else (prompt, answer)
         ids = generator.integers(10, 32000, prompt + answer).astype(np.int32)
         labels = ids.copy()
@@ -180,7 +184,7 @@ def our_row(row: Row, config: RunConfig, steps: int, warm_up: int) -> Iterator[d
         window = next(windows)
         begin = now(precision)
         metrics = train_step(model, window, updater, Progress(number, 1000, 0, 0, 1.0))
-        times.append((begin, now(precision), metrics, pairs_of(window)))
+        times.append((begin, now(precision), metrics, sum(batch.attention_pairs for batch in window)))
         if number == warm_up - 1:
             assert metrics.loss > 0  # waits for the step
             warm = time.perf_counter() - started
@@ -196,7 +200,6 @@ def our_row(row: Row, config: RunConfig, steps: int, warm_up: int) -> Iterator[d
     yield {
         "told": "; ".join(text for text in [*texts, fitted.told] if text), "warm": warm,
         "peak": peak_memory_bytes(precision.device), "rehearsed": fitted.peak_bytes,
-        "estimated": estimated(shape, config),
     }  # fmt: skip
 
 
@@ -212,23 +215,6 @@ def now(precision: Precision) -> Any:
 def between(begin: Any, end: Any) -> float:
     """Returns the seconds between two marks."""
     return end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1e3
-
-
-def estimated(shape: Shape, config: RunConfig) -> int:
-    """Returns the peak that `llmrecipes plan` would tell."""
-    return 0
-
-
-def pairs_of(window: Any) -> int:
-    """Returns how many pairs of tokens look at each other in a window."""
-    lengths = torch.cat([batch.documents[batch.documents > 0].new_tensor(batch_lengths(batch)) for batch in window])
-    return int((lengths * (lengths + 1) // 2).sum())
-
-
-def batch_lengths(batch: Any) -> list[int]:
-    """Returns the lengths of a batch's documents."""
-    numbers = batch.documents.cpu() + 10**6 * torch.arange(len(batch.documents))[:, None]
-    return numbers[batch.documents.cpu() > 0].unique(return_counts=True)[1].tolist()
 
 
 def peer_row(row: Row, config: RunConfig, steps: int, warm_up: int) -> Iterator[dict[str, Any]]:
@@ -265,7 +251,7 @@ def peer_row(row: Row, config: RunConfig, steps: int, warm_up: int) -> Iterator[
             useful, supervised = sum(len(s.input_ids) for s in batch), sum(s.supervised_tokens for s in batch)
             seconds = time.perf_counter() - begin
             yield {"seconds": seconds, "useful": useful, "supervised": supervised, "operations": 0, "loss": told}
-    yield {"told": "", "warm": warm, "peak": peak_memory_bytes(precision.device), "rehearsed": None, "estimated": 0}
+    yield {"told": "", "warm": warm, "peak": peak_memory_bytes(precision.device), "rehearsed": None}
 
 
 def padded(batch: Sequence[Sample], device: torch.device) -> dict[str, torch.Tensor]:
@@ -279,21 +265,6 @@ def padded(batch: Sequence[Sample], device: torch.device) -> dict[str, torch.Ten
         inputs["labels"][number, :size] = torch.from_numpy(sample.labels)
         inputs["attention_mask"][number, :size] = 1
     return {name: tensor.to(device) for name, tensor in inputs.items()}
-
-
-def ceiling(device: torch.device) -> float:
-    """Returns the operations a second of a large bfloat16 matmul: the median of 20."""
-    size = 8192 if device.type == "cuda" else 256
-    one, other = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
-
-    def seconds() -> float:
-        begin = time.perf_counter()
-        for _ in range(10):
-            made = one @ other
-        made[0, 0].item()
-        return (time.perf_counter() - begin) / 10
-
-    return 2 * size**3 / statistics.median(seconds() for _ in range(20))
 
 
 SIDES: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {"llmrecipes": our_row, "transformers + peft": peer_row}
@@ -333,7 +304,7 @@ def main(words: Sequence[str]) -> None:
         prepare_environment()
         config = load_config(RunConfig, {"model_name": "7B", "output_dir": "unused", **row.flags, **flags}).config
         *told, end = SIDES[side](row, config, steps, 3)
-        print(json.dumps({"steps": told, "end": end, "ceiling": ceiling(run_precision(config).device)}))
+        print(json.dumps({"steps": told, "end": end, "ceiling": ceiling(run_precision(config))}))
         return
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}"
     print(f"{date.today()}, {torch.cuda.get_device_name()}; {versions}; {steps} steps a row", flush=True)

@@ -1,4 +1,4 @@
-"""One command for all: `llmrecipes finetuning|inference|evaluation|merging|verify|data ...`."""
+"""One command for all: `llmrecipes plan|finetuning|inference|evaluation|merging|verify|data ...`."""
 
 import sys
 
@@ -9,6 +9,7 @@ from llmrecipes.errors import did_you_mean
 from llmrecipes.verify import main as verify_main
 
 WHAT = {
+    "plan": "what a fine-tuning would take on a GPU that need not be here",
     "finetuning": "fine-tune a model on a data set",
     "inference": "answer one prompt",
     "evaluation": "score the base model and the tuned one",

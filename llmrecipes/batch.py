@@ -52,6 +52,16 @@ class Sample:
 BY_DOCUMENT = "documents"
 """Attention implementation (a model's `_attn_implementation`) that takes a `DocumentLayout` instead of a mask."""
 
+
+def attention_window(config: Any) -> int:
+    """Returns how many tokens the narrowest layer of a model looks at, by its transformers config; 0: all before."""
+    text = config.get_text_config()
+    sizes = [getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    kinds = getattr(text, "layer_types", None) or ()
+    found = [size for size in sizes if size]
+    return min(found) if found else int(any("full" not in kind for kind in kinds))
+
+
 GROUP_SPREAD = 1.25
 """The longest document of a group over its shortest: the share of attention spent on filling stays under a third."""
 
@@ -138,6 +148,12 @@ class Batch:
         index = torch.arange(self.documents.shape[1], device=self.documents.device)
         starts = F.pad(self.documents[:, 1:] != self.documents[:, :-1], (1, 0), value=True)
         return index - torch.where(starts, index, 0).cummax(dim=1).values
+
+    @property
+    def attention_pairs(self) -> int:
+        """How many pairs of tokens look at each other, a token at itself included."""
+        within = self.positions[self.documents > 0] + 1
+        return int(within.sum())
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from fire.decorators import SetParseFn
 
 from llmrecipes.config.data_schema import DataCheckConfig, DataDoctorConfig, DataViewConfig
 from llmrecipes.config.loading import BARE, Loaded, load_config
-from llmrecipes.config.schema import EvaluationConfig, InferenceConfig, MergingConfig, RunConfig
+from llmrecipes.config.schema import EvaluationConfig, InferenceConfig, MergingConfig, PlanConfig, RunConfig
 from llmrecipes.config.show import config_text, help_text
 from llmrecipes.environment import prepare_environment
 from llmrecipes.errors import ConfigError, LlmRecipesError
@@ -40,6 +40,7 @@ class Command:
 
 
 COMMANDS = {
+    "plan": Command(PlanConfig, "llmrecipes.run.plan", "plan"),
     "finetuning": Command(RunConfig, "llmrecipes.run.finetune", "finetune"),
     "inference": Command(InferenceConfig, "llmrecipes.run.infer", "infer"),
     "evaluation": Command(EvaluationConfig, "llmrecipes.run.evaluate", "evaluate"),

@@ -4,13 +4,13 @@
 # Expect:  the adapter in outputs/samsum; outputs/samsum-report.md, the table of ROUGE scores.
 #
 # Then: recipes/infer_samsum.sh
-# MODEL_NAME, QUANTIZATION (8bit, 4bit, none), DATA_DIR (train, validation and test as JSON, CSV or parquet; empty: the
+# MODEL_NAME, QUANTIZATION (4bit, 8bit, none), DATA_DIR (train, validation and test as JSON, CSV or parquet; empty: the
 # hub), OUTPUT_DIR and EVAL_SAMPLES may be set; flags go to the fine-tuning: recipes/finetune_samsum.sh --num_epochs 1
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 MODEL_NAME=${MODEL_NAME:-meta-llama/Llama-2-7b-hf}
-QUANTIZATION=${QUANTIZATION:-8bit}
+QUANTIZATION=${QUANTIZATION:-4bit}
 DATA_DIR=${DATA_DIR:-}
 OUTPUT_DIR=${OUTPUT_DIR:-outputs/samsum}
 EVAL_SAMPLES=${EVAL_SAMPLES:-100}

@@ -13,7 +13,7 @@ Ines: no problem, I have one. it's big enough for us both
 Paul: you're a treasure! the train goes at ten past seven
 Ines: then I'll be at the station at seven :)"}
 MODEL_NAME=${MODEL_NAME:-meta-llama/Llama-2-7b-hf}
-QUANTIZATION=${QUANTIZATION:-8bit}
+QUANTIZATION=${QUANTIZATION:-4bit}
 PEFT_MODEL=${PEFT_MODEL-outputs/samsum}
 
 prompt=$(mktemp)

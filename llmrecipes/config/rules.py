@@ -154,8 +154,6 @@ RUN_CONFLICTS = (
         "leave one of them out",
     ),
     Conflict(lambda c: c.enable_fsdp, "--enable_fsdp: several GPUs are not supported yet; run without it on one GPU"),
-    Conflict(lambda c: c.flop_counter, "--flop_counter: not supported yet; run without it"),
-    Conflict(lambda c: c.use_profiler, "--use_profiler: not supported yet; run without it"),
     Conflict(
         lambda c: c.freeze_LLM_only,
         "--freeze_LLM_only: it belongs to vision models, which are not supported; leave it out",

@@ -216,10 +216,12 @@ class OutputOptions:
     report_to: list[str] = option([], "ours: tensorboard, wandb or FILE.py:FUNCTION, separated by commas")
     use_wandb: bool = option(False, "log to Weights & Biases")
     wandb_config: WandbConfig = section(WandbConfig, "")
-    flop_counter: bool = option(False, "count floating-point operations: not supported yet")
-    flop_counter_start: int = option(3, "step at which the count starts, with --flop_counter", at_least=0)
-    use_profiler: bool = option(False, "profile some steps: not supported yet")
-    profiler_dir: str = option("", "folder for the profile, with --use_profiler")
+    flop_counter: bool = option(
+        False, "tell each step's TFLOP/s (what is made again is not counted) and its share of a large matmul's here"
+    )
+    flop_counter_start: int = option(3, "step from which they are told, with --flop_counter", at_least=0)
+    use_profiler: bool = option(False, "profile steps 4 to 6")
+    profiler_dir: str = option("", "folder for the profile, with --use_profiler; unset: output_dir/profile")
 
 
 @dataclass(frozen=True)
@@ -271,6 +273,16 @@ class RunConfig(
     ModelOptions,
 ):
     """python -m llmrecipes.finetuning: fine-tune a model on a data set."""
+
+
+@dataclass(frozen=True)
+class PlanConfig(RunConfig):
+    """llmrecipes plan: what a fine-tuning would take on a GPU that need not be here; no weights are read."""
+
+    card: str = option(
+        "4090", "the GPU; --fit says where it has less memory", choices=("3090", "4090", "a100", "h100", "h200")
+    )
+    output_dir: str = option("", "not written to")
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from llmrecipes.batch import (
     DocumentLayout,
     DocumentSpans,
     Layout,
+    attention_window,
     document_groups,
     document_spans,
 )
@@ -115,7 +116,7 @@ def apply_document_attention(model: Any) -> int:
     """Makes the model attend by document; returns the number of its attention layers, 0 where it cannot."""
     if not getattr(model, "_supports_sdpa", False) or not getattr(model, "_supports_attention_backend", False):
         return 0
-    if getattr(model.config.get_text_config(), "sliding_window", None):
+    if attention_window(model.config):
         return 0  # a window within the document is not known here
     AttentionInterface.register(BY_DOCUMENT, document_attention)
     AttentionMaskInterface.register(BY_DOCUMENT, sdpa_mask)

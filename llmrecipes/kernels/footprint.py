@@ -80,8 +80,8 @@ class Shape:
     def _low_columns(self) -> dict[str, int]:
         """Columns of LoRA's rows x A' in each group, filled up."""
         ranks = {group: self.rank * sum(name in self.adapted for name in names) for group, names in GROUPS.items()}
-        aligned = ALIGNED_ROOM if self.in_one else ALIGNED
-        return {group: -(-rank // aligned) * aligned for group, rank in ranks.items()}
+        aligned = {group: ALIGNED_ROOM if self.in_one and group != "output" else ALIGNED for group in GROUPS}
+        return {group: -(-rank // aligned[group]) * aligned[group] for group, rank in ranks.items()}
 
     @property
     def adapter_copies(self) -> int:
@@ -130,3 +130,21 @@ class Shape:
         adapter = 3 * self.adapter_parameters * tokens
         attention = 7 * self.layers * self.heads * self.head_size * pairs  # two matmuls forward, five backward
         return 2 * (passes * (self.linear_parameters * tokens + head * supervised) + adapter + attention)
+
+
+def keeps_within(shape: Shape, tokens: int, budget: int) -> list[Keep]:
+    """Returns what each layer keeps of so many tokens where all may keep `budget` bytes.
+
+    First all but gate and up in each layer, then those as well: of what stands before gate and up a byte saves 5.6
+    thousand operations, of gate and up 4.1 thousand (7B).
+    """
+    sizes = {keep: tokens * shape.kept_bytes(keep) for keep in Keep}
+    left = budget - shape.layers * sizes[Keep.INPUT]
+    keeps = [Keep.INPUT if left >= 0 else Keep.OFFLOADED] * shape.layers
+    for better in (Keep.WITHOUT_GATE_UP, Keep.ALL):
+        for layer, keep in enumerate(keeps):
+            cost = sizes[better] - sizes[keep]
+            if left >= cost and keep == better - 1:
+                keeps[layer] = better
+                left -= cost
+    return keeps

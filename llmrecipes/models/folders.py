@@ -28,8 +28,8 @@ def is_local(name: str) -> bool:
     return path.exists() or spelled_as_path or name.endswith((".gguf", "/"))
 
 
-def check_model_folder(folder: Path, flag: str) -> None:
-    """Raises `ModelError` unless `folder` holds a config and complete safetensors weights."""
+def check_model_folder(folder: Path, flag: str, weights: bool = True) -> None:
+    """Raises `ModelError` unless `folder` holds a config and, with `weights`, complete safetensors weights."""
     if folder.is_file():
         raise ModelError(f"--{flag} {folder}: this is a file; give a hub id, a model folder or a .gguf file")
     if not folder.is_dir():
@@ -42,7 +42,8 @@ def check_model_folder(folder: Path, flag: str) -> None:
     config = read_json(folder / "config.json", flag, missing="it is not a model folder")
     if "model_type" not in config:
         raise ModelError(f"--{flag} {folder / 'config.json'}: no model_type in it; it is not a transformers model")
-    check_weights(folder, flag)
+    if weights:
+        check_weights(folder, flag)
 
 
 def check_adapter_folder(folder: Path, flag: str) -> dict[str, Any]:

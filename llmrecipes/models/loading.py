@@ -19,8 +19,11 @@ ATTENTION = {None: None, True: "sdpa", False: "eager"}
 """`use_fast_kernels` -> transformers' attention implementation; None is SDPA where the model knows it, else eager."""
 
 
-def resolve_model(config: ModelOptions) -> str:
-    """Returns what transformers loads: a hub id, or a checked local folder (a .gguf file is converted once)."""
+def resolve_model(config: ModelOptions, weights: bool = True) -> str:
+    """Returns what transformers loads: a hub id, or a checked local folder (a .gguf file is converted once).
+
+    Without `weights` a folder need not hold any.
+    """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -32,7 +35,7 @@ def resolve_model(config: ModelOptions) -> str:
         path = local_path(name)
         if path.suffix == ".gguf":
             path = gguf_folder(path, cache_folder())
-        check_model_folder(path, "model_name")
+        check_model_folder(path, "model_name", weights)
         source = str(path)
     model_config(config, source)
     return source

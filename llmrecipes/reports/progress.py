@@ -119,15 +119,20 @@ class TrainingProgress:
         self.notice("  ".join(parts))
 
     def _figures(self, record: Mapping[str, Any]) -> list[str]:
-        """Returns what is known of `loss 1.234`, `lr 1.0e-03`, `812 tok/s`, `1.9 GiB`, `4m10s left`, in this order."""
+        """Returns what is known of `loss 1.234`, `lr 1.0e-03`, `812 tok/s`, `1.9 GiB`, `4m10s left`, in this order.
+
+        With them `550 TFLOP/s (82 %)` where operations are counted.
+        """
         speed = self._speed.tokens_per_second or record.get("tokens_per_second")
         steps_left = self._total_steps - int(record["step"])
         left = self._speed.seconds_left(steps_left) if steps_left > 0 else None
-        loss, rate, memory = (record.get(key) for key in ("loss", "learning_rate", "memory_bytes"))
+        names = ("loss", "learning_rate", "memory_bytes", "teraflops")
+        loss, rate, memory, teraflops = (record.get(name) for name in names)
         return [
             *([f"loss {float(loss):.3f}"] if loss is not None else []),
             *([f"lr {float(rate):.1e}"] if rate is not None else []),
             *([f"{count(speed)} tok/s"] if speed is not None else []),
+            *([f"{teraflops:.3g} TFLOP/s ({record.get('ceiling_share', 0):.0%})"] if teraflops else []),
             *([gib(memory)] if memory else []),
             *([f"{duration(left)} left"] if left is not None else []),
         ]

@@ -5,8 +5,9 @@ Records are dicts; "kind" says which:
 
     start       output_dir, config (the run, flat: dotted key to value), total_steps, steps_done (of a run that goes on)
     step        step, epoch, loss, learning_rate, gradient_norm, tokens_per_second, supervised_tokens, useful_tokens,
-                seconds, memory_bytes, loss_scale (fp16); of a step that was skipped or a spike also rows, spike; tokens
-                and seconds are those of this one step, also where steps between two records are not told
+                seconds, memory_bytes, loss_scale (fp16), with --flop_counter teraflops and ceiling_share; of a step
+                that was skipped or a spike also rows, spike; all but the memory are those of this one step, also where
+                steps between two records are not told
     evaluation  step, eval_loss, eval_perplexity, eval_tokens
     notice      text: what the run decided on its way
     end         whatever the run closes with

@@ -7,10 +7,11 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch.optim import Optimizer
 
-from llmrecipes.batch import Layout, Sample, document_spans
+from llmrecipes.batch import Layout, Sample, attention_window, document_spans
 from llmrecipes.config.loading import Loaded
 from llmrecipes.config.schema import RunConfig
 from llmrecipes.config.show import flat_config, value_of
@@ -19,6 +20,7 @@ from llmrecipes.data.loaders import Collator, Loader, padded_batch
 from llmrecipes.data.preprocessors import dataset_section, load_preprocessor
 from llmrecipes.errors import ConfigError, PluginError, TrainingError, first_line
 from llmrecipes.kernels.attention import document_layout
+from llmrecipes.kernels.calibration import exact_matmuls
 from llmrecipes.models.adapters import attach_trained, check_checkpoint, count_parameters
 from llmrecipes.models.folders import is_local, local_path
 from llmrecipes.models.loading import load_model, load_tokenizer, resolve_model
@@ -26,6 +28,7 @@ from llmrecipes.models.quantization import rows_by_themselves
 from llmrecipes.plugins import Plugin, plugin_folders, resolve_function
 from llmrecipes.precision import Precision, device_name, out_of_memory_told
 from llmrecipes.prompt_contract import prompt_contract
+from llmrecipes.reports.format import duration
 from llmrecipes.reports.memory import peak_memory_bytes
 from llmrecipes.reports.plan import Plan, plan_text
 from llmrecipes.reports.progress import TrainingProgress
@@ -34,7 +37,8 @@ from llmrecipes.reports.trackers import TRACKERS, check_tracker, redacted
 from llmrecipes.run.blackbox import BlackBox
 from llmrecipes.run.closing import closing_summary
 from llmrecipes.run.keeping import Keeper, describer, plugin_notices
-from llmrecipes.run.memory import fit_memory
+from llmrecipes.run.measuring import ceiling, operation_counter, profiled
+from llmrecipes.run.memory import check_fit, fit_memory
 from llmrecipes.run.output import ResultWriter, check_output_dir, disk_told
 from llmrecipes.run.preparing import (
     determinism_told,
@@ -44,7 +48,7 @@ from llmrecipes.run.preparing import (
     set_deterministic,
     set_seeds,
 )
-from llmrecipes.run.speed import apply_attention, calibrated, fuse_layers
+from llmrecipes.run.speed import Fused, apply_attention, calibrated, fuse_layers
 from llmrecipes.run.stopping import EXIT_STOPPED, SaveRequest, StoppedEarlyError
 from llmrecipes.training.loop import Hooks, TrainPlan, TrainResult, train
 from llmrecipes.training.optimizers import OPTIMIZERS
@@ -97,6 +101,7 @@ def stations(loaded: Loaded[RunConfig], config_path: str | None, keeper: Keeper)
     config = loaded.config
     plugins = resolve_plugins(config, config_path)
     precision = run_precision(config)
+    check_fit(config, precision.device)
     build_optimizer(config, plugins, [torch.nn.Parameter(torch.zeros(1, device=precision.device))])
     check_checkpoint(config)
     source = resolve_model(config)
@@ -114,19 +119,22 @@ def stations(loaded: Loaded[RunConfig], config_path: str | None, keeper: Keeper)
     base = load_model(config, source, precision, dtype=None if config.use_peft else precision.trained)
     kernels = [apply_attention(base, config)]
     model = attach_trained(base, config, precision)
-    fused = fuse_layers(model, config, precision)
+    fused, warming = fuse_layers(model, config, precision), time.perf_counter()
     kernels += [fused.told, calibrated(fused, model, loaders.training, precision, config.quantization_config.compute)]
-    kernels += [prove_no_leak(model, config, loaders, precision)]
+    kernels += [prove_no_leak(model, config, loaders, precision, fused)]
     updater = build_updater(model, config, plugins, precision, fused.loss)
     fitted = fit_memory(config, model, loaders.training, updater, fused)
     loaders = replace(loaders, training=fitted.training)
     kernels += [fitted.told, f"{lanes} batches side by side" if lanes > 1 else ""]
-    plan = train_plan(config, loaders)
+    kernels += [f"warmed up in {duration(time.perf_counter() - warming)}" if fitted.peak_bytes else ""]
+    plan = replace(train_plan(config, loaders), operations=operation_counter(model, config, precision))
+    profiled(config, loaders.training, plan.steps)
     functions = (plugins.preprocessor, plugins.optimizer, plugins.schedule, *plugins.trackers.values())
     describe = describer(config, loaders.training, functions, source, precision)
     notices = [*keeper.notices(describe), *plugin_notices(functions), *loaded.notices, *loaders.notices]
     shown = shown_plan(config, loaders, model, precision, plan, kernels, notices)
-    print(plan_text(replace(shown, memory_bytes=fitted.peak_bytes)), flush=True)
+    seconds = fitted.batch_seconds and plan.steps * loaders.training.window_batches * fitted.batch_seconds
+    print(plan_text(replace(shown, memory_bytes=fitted.peak_bytes, seconds=seconds)), flush=True)
     writer = ResultWriter(folder, model, tokenizer, contract, enabled=config.save_model)
     keeper.keep(writer, updater, describe)
     keeper.restore(writer, updater)
@@ -215,7 +223,7 @@ def build_optimizer(config: RunConfig, plugins: Plugins, parameters: Sequence[to
     return optimizer
 
 
-def prove_no_leak(model: Any, config: RunConfig, loaders: Loaders, precision: Precision) -> str:
+def prove_no_leak(model: Any, config: RunConfig, loaders: Loaders, precision: Precision, fused: Fused) -> str:
     """Raises `TrainingError` where packed samples see each other; returns what was proven, for the plan."""
     if config.batching_strategy != "packing" or not config.leak_probe:
         return ""
@@ -227,9 +235,12 @@ def prove_no_leak(model: Any, config: RunConfig, loaders: Loaders, precision: Pr
         row += [sample] if len(row) < 2 or tokens <= PROBED_TOKENS else []
     if len(row) < 2:
         return ""
+    if attention_window(model.config):  # lost, it would be missed only by a sample that is longer
+        row.append(loaders.training.samples[int(np.argmax(loaders.training.lengths))])
     try:
         with out_of_memory_told("leak probe", SMALLER), rows_by_themselves(model):
-            moved = check_no_leak(model, padded_batch([row], loaders.training.layout), precision)
+            batch = padded_batch([row], loaders.training.layout)
+            moved = check_no_leak(model, batch, precision, lambda: exact_matmuls(fused.layers))
     except (ValueError, TypeError, RuntimeError) as error:
         raise ConfigError(
             f"--batching_strategy packing: this model takes no packed rows ({first_line(error)}); use "
@@ -275,11 +286,15 @@ def run_training(
 ) -> TrainResult:
     """Trains, showing progress and feeding the trackers; a signal ends it after the step at hand."""
     device, box, place = updater.precision.device, BlackBox(), keeper.place
+    top = ceiling(updater.precision) if plan.operations else 0.0
     wishes = SaveRequest(config.save_on, writer.folder)
     with TrainingProgress() as progress, wishes as save, disk_told(writer.folder):
 
         def report(record: dict[str, Any]) -> None:
             record = {**record, "memory_bytes": peak_memory_bytes(device)}
+            teraflops = record.pop("teraflops", None)
+            if teraflops and record["step"] >= config.flop_counter_start:
+                record |= {"teraflops": teraflops, "ceiling_share": 1e12 * teraflops / top}
             progress(record)
             box.record(record)
             for tracker in plugins.trackers.values():
@@ -293,7 +308,8 @@ def run_training(
         keeper.restore_random(device)
         try:
             with out_of_memory_told("training", SMALLER), determinism_told():
-                result = train(writer.model, loaders.training, loaders.validation, updater, plan, hooks, place)
+                windows = profiled(config, loaders.training, plan.steps)
+                result = train(writer.model, windows, loaders.validation, updater, plan, hooks, place)
         except TrainingError as error:
             with suppress(ConfigError):  # steps that were skipped never reached these weights
                 keeper.checkpoint(place)

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -47,6 +47,8 @@ class TrainPlan:
     save_steps: int = 0
     logging_steps: int = 1
     max_eval_batches: int = 0
+    operations: Callable[[Window], int] | None = None
+    """counts the floating-point operations of a step, where they are wanted"""
     lanes: int = 1
     """batches of a window that are computed side by side, on a CPU"""
 
@@ -76,6 +78,8 @@ class StepMetrics:
     update: Update
     rows: tuple[int, ...] = ()
     """`Sample.row` of every sample in the window"""
+    operations: int = 0
+    """floating-point operations, 0 where they are not counted"""
 
     @property
     def loss(self) -> float:
@@ -172,8 +176,9 @@ def _step(
     metrics = train_step(model, window, updater, progress, plan.lanes)
     place.step, place.window, place.tokens = place.step + 1, place.window + 1, place.tokens + metrics.useful_tokens
     if updater.halvings > halvings:
-        text = f"step {place.step}: the memory did not suffice; batches are cut into {2**updater.halvings} from now"
-        hooks.report({"kind": "notice", "text": f"{text} on, with the same update"})
+        hooks.report({"kind": "notice", "text": f"step {place.step}: {_cut_told(updater.halvings)}"})
+    if plan.operations is not None:
+        metrics = replace(metrics, operations=plan.operations(window))
     reports.add(metrics)
     try:
         updater.check_health(place.step)
@@ -250,10 +255,15 @@ def train_step(model: Any, window: Window, updater: Updater, progress: Progress,
             if all(len(batch.input_ids) == 1 for batch in window):
                 raise
         gc.collect()
+        torch.cuda.empty_cache()  # nothing where there is no GPU
         updater.halvings += 1
         window = _halved(window)
     update = updater.step(progress, total)
-    return StepMetrics(HostNumber(total), supervised, useful, update, rows)
+    return StepMetrics(HostNumber(total), supervised, useful, update, rows=rows)
+
+
+def _cut_told(halvings: int) -> str:
+    return f"the memory did not suffice; batches are cut into {2**halvings} from now on, with the same update"
 
 
 def _halved(window: Window) -> Window:
@@ -331,7 +341,7 @@ def odd_text(step: int, metrics: StepMetrics, spike: str | None) -> str:
 
 def step_record(step: int, epoch: int, metrics: StepMetrics, seconds: float) -> Record:
     """Returns the record of a step, as trackers and the progress bar read it."""
-    return {
+    record = {
         "kind": "step",
         "step": step,
         "epoch": epoch,
@@ -345,6 +355,7 @@ def step_record(step: int, epoch: int, metrics: StepMetrics, seconds: float) -> 
         "seconds": seconds,
         "tokens_per_second": metrics.useful_tokens / seconds,
     }
+    return record | ({"teraflops": metrics.operations / seconds / 1e12} if metrics.operations else {})
 
 
 def _due(step: int, interval: int) -> bool:

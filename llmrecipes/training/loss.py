@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from llmrecipes.batch import BY_DOCUMENT, Batch
+from llmrecipes.batch import BY_DOCUMENT, Batch, attention_window
 from llmrecipes.precision import Precision
 from llmrecipes.prompts import IGNORED_LABEL
 
@@ -54,16 +54,9 @@ def model_inputs(model: Any, batch: Batch, precision: Precision) -> dict[str, An
     if model.config._attn_implementation == BY_DOCUMENT:
         # Four dimensions are transformers' sign that the mask is final: it builds none, and none is looked at.
         return {**inputs, "attention_mask": documents[:, None, None], "layout": batch.layout}
-    if has_windows(model):
+    if attention_window(model.config):
         return inputs
     allowed = (documents[:, :, None] == documents[:, None, :]) & (index[:, None] >= index[None, :])
     mask = torch.zeros(allowed.shape, dtype=precision.compute, device=documents.device)
     mask.masked_fill_(~allowed, torch.finfo(precision.compute).min)
     return {**inputs, "attention_mask": mask[:, None]}
-
-
-def has_windows(model: Any) -> bool:
-    """Returns whether some layer of a model looks at a window, not at all tokens before."""
-    config = model.config.get_text_config()
-    kinds = getattr(config, "layer_types", None) or ()
-    return bool(getattr(config, "sliding_window", None)) or any("full" not in kind for kind in kinds)

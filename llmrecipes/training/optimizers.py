@@ -60,6 +60,15 @@ OPTIMIZERS: dict[str, OptimizerFactory] = {
 }
 
 
+STATE_BYTES = {"adamw_8bit": 2.0, "paged_adamw_32bit": 0.0, "paged_adamw_8bit": 0.0, "adafactor": 0.0, "sgd": 0.0}
+"""Bytes of state for each number that trains, on the device that computes; two of the number's own size elsewhere."""
+
+
+def state_bytes(name: str, parameters: Iterable[torch.nn.Parameter]) -> int:
+    """Returns how many bytes an optimizer's state will take beside the parameters."""
+    return int(sum(each.numel() * STATE_BYTES.get(name, 2.0 * each.element_size()) for each in parameters))
+
+
 def _bitsandbytes(kind: str, parameters: Parameters, config: TrainingOptions) -> Optimizer:
     import bitsandbytes
 

@@ -3,6 +3,8 @@
 Packed documents do not see each other, and each comes out as it does alone.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -23,11 +25,13 @@ otherwise. Positions that run on, or a window that is lost, make 1e-1 and more."
 
 
 @torch.no_grad()
-def check_no_leak(model: Any, batch: Batch, precision: Precision) -> float:
+def check_no_leak(
+    model: Any, batch: Batch, precision: Precision, exactly: Callable[[], AbstractContextManager[None]] = nullcontext
+) -> float:
     """Returns how much the other documents' logits move when the first document's tokens change; 0 is no leak.
 
     `batch` is one row of two documents at least. Raises `TrainingError` where they move, or are not those of the
-    documents alone.
+    documents alone. 8-bit matmuls round by what other kernels make of the same numbers: the second is tried `exactly`.
     """
     if batch.layout is None:
         return 0.0
@@ -42,6 +46,8 @@ def check_no_leak(model: Any, batch: Batch, precision: Precision) -> float:
             model(**model_inputs(model, replace(batch, input_ids=ids), precision)).logits[others].float()
             for ids in (batch.input_ids, changed)
         )
+    with precision.autocast(), exactly():
+        packed = model(**model_inputs(model, batch, precision)).logits[others].float()
         alone = [model(input_ids=batch.input_ids[batch.documents == number][None], use_cache=False).logits[0].float()
                  for number in range(2, int(batch.documents.max()) + 1)]  # fmt: skip
     model.train(was_training)
@@ -51,7 +57,7 @@ def check_no_leak(model: Any, batch: Batch, precision: Precision) -> float:
             f"leak probe: changing one packed document moved the logits of the others by {moved:.2g} of their spread; "
             "this model's attention does not keep documents apart; use --batching_strategy padding"
         )
-    apart = float((before - torch.cat(alone)).square().mean().sqrt() / before.std())
+    apart = float((packed - torch.cat(alone)).square().mean().sqrt() / packed.std())
     if not apart <= ALONE_TOLERANCE[precision.compute]:
         raise TrainingError(
             f"leak probe: in a packed row the logits of documents are {apart:.2g} of their spread away from those of "

@@ -192,3 +192,5 @@ class Updater:
             optimizer.step()
         elif math.isfinite(norm):
             self.optimizer.step()
+        # Fused optimizers change parameters behind PyTorch's back; fused layers copy them anew where it tells of it.
+        torch.autograd.graph.increment_version(self.parameters)

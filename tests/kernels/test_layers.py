@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from bitsandbytes.nn import Linear4bit, Params4bit
 from peft import LoraConfig, get_peft_model
 
@@ -205,6 +206,29 @@ def test_answers_and_names_are_the_models_own(build: Build) -> None:
     prompt = torch.tensor([[5, 6, 7, 8]])
     answers = [model.eval().generate(input_ids=prompt, max_new_tokens=12, do_sample=False) for model in (plain, fused)]
     assert torch.equal(*answers)
+
+
+@pytest.mark.parametrize("kind", ["Mistral", "Qwen2"])
+def test_other_models_of_this_shape_are_right_too(kind: str, random_samples: Samples) -> None:
+    settings: dict[str, Any] = {
+        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 260, "max_position_embeddings": 128, "pad_token_id": 0,
+        "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    settings |= {"sliding_window": None} if kind == "Mistral" else {}
+    results = []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**settings))
+        assert apply_document_attention(model) == 2
+        if fused:
+            assert apply_fused_layers(model, torch.float32) == 2
+        results.append(
+            result(model, packed(random_samples(8, longest=30)), FLOAT32, fused_loss_sum if fused else loss_sum)
+        )
+    (expected_loss, expected), (found_loss, found) = results
+    assert found_loss == pytest.approx(expected_loss, rel=1e-6)
+    assert (found - expected).norm() < 3e-6 * expected.norm()
 
 
 def frozen_bilinear() -> torch.nn.Module:

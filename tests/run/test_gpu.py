@@ -6,8 +6,18 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from peft import LoraConfig, get_peft_model
 
+from llmrecipes.batch import Sample
+from llmrecipes.data.loaders import padded_batch
+from llmrecipes.kernels.attention import apply_document_attention, document_layout
+from llmrecipes.kernels.decoder import Keep
+from llmrecipes.kernels.head import fused_loss_sum
+from llmrecipes.kernels.layers import apply_fused_layers, decoder_layers
+from llmrecipes.precision import Precision
 from llmrecipes.run import infer as module
+from llmrecipes.training.loss import loss_sum
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -62,3 +72,45 @@ def test_the_losses_are_those_of_the_cpu(
     for device in ("cpu", "cuda"):
         finetune(tmp_path / device, device=device, batching_strategy=strategy, context_length=24, lr=1e-3)
     assert losses(tmp_path / "cuda") == pytest.approx(losses(tmp_path / "cpu"), rel=1e-3)
+
+
+SHAPES = {"heads of 16": (64, 128, 4, 2), "heads of 64": (576, 1536, 9, 3), "heads of 128": (512, 1408, 4, 4)}
+
+
+@pytest.mark.parametrize("by_row", [False, True], ids=["packed", "by row"])
+@pytest.mark.parametrize(
+    ("dtype", "cosine"), [(torch.bfloat16, 0.9995), (torch.float16, 0.9999), (torch.float32, 0.9999)]
+)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_fused_gradients_are_those_of_float32(
+    shape: str, dtype: torch.dtype, cosine: float, by_row: bool, random_samples: Callable[..., list[Sample]]
+) -> None:
+    device = torch.device("cuda")
+    hidden, inner, heads, key_heads = SHAPES[shape]
+    samples = random_samples(9, longest=300)
+    rows = [[sample] for sample in samples] if by_row else [samples[:5], samples[5:]]
+
+    def gradient(kind: torch.dtype, fused: bool) -> torch.Tensor:
+        torch.manual_seed(0)
+        config = transformers.LlamaConfig(
+            hidden_size=hidden, intermediate_size=inner, num_hidden_layers=2, num_attention_heads=heads,
+            num_key_value_heads=key_heads, vocab_size=260, initializer_range=0.05,
+        )  # fmt: skip
+        model: Any = transformers.LlamaForCausalLM(config).to(torch.bfloat16).to(kind)
+        apply_document_attention(model)
+        model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data = torch.randn(parameter.shape) / 20
+        model.to(device).train()
+        precision = Precision(device, kind, torch.float32, loss_scaling=False)
+        if fused:
+            apply_fused_layers(model, kind)
+            for layer in decoder_layers(model):
+                layer.keep = Keep.OFFLOADED
+        batch = padded_batch(rows, document_layout(precision)).to(device)
+        ((fused_loss_sum if fused else loss_sum)(model, batch, precision) / 100).backward()
+        return torch.cat([each.grad.double().flatten() for each in model.parameters() if each.requires_grad])
+
+    exact, found = gradient(torch.float32, False), gradient(dtype, True)
+    assert torch.nn.functional.cosine_similarity(found, exact, dim=0) > cosine

@@ -63,7 +63,7 @@ class Run:
 
     def report(self, record: Record) -> None:
         self.records.append(record)
-        self.events.append(f"{record['kind']} {record['step']}")
+        self.events.append(f"{record['kind']} {record.get('step')}")
 
     def stop(self) -> bool:
         return self.stop_after is not None and self.stop_after <= max(record["step"] for record in self.records)
@@ -281,3 +281,46 @@ def test_batches_without_a_supervised_token_are_told(samples: list[Sample]) -> N
 
     with pytest.raises(DataError, match="validation: no supervised token"):
         evaluate(Bigram(), Bare(samples, "padding", 64, batch_rows=3), FP32)
+
+
+class Narrow(Bigram):
+    """Runs out of memory where a batch has more than some rows, on the way back as well as forward."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.rows, self.failures = rows, 0
+
+    def forward(self, input_ids: torch.Tensor, logits_to_keep: torch.Tensor, **options: Any) -> Any:
+        found = super().forward(input_ids, logits_to_keep, **options)
+        if len(input_ids) > self.rows:
+            self.failures += 1
+            if self.failures % 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            found.logits.register_hook(self.fail)
+        return found
+
+    @staticmethod
+    def fail(gradient: torch.Tensor) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_out_of_memory_is_met_by_smaller_batches_and_the_same_update(rows: int, samples: list[Sample]) -> None:
+    plain, narrow = Bigram(), Narrow(rows)
+    expected = Run(plain, loaders(samples)[0], None)
+    found = Run(narrow, loaders(samples)[0], None)
+    assert torch.allclose(narrow.table, plain.table, atol=1e-6)
+    counts = [(record["useful_tokens"], record["supervised_tokens"]) for record in expected.records]
+    told = [record for record in found.records if record["kind"] == "notice"]
+    steps = [record for record in found.records if record["kind"] == "step"]
+    assert [(record["useful_tokens"], record["supervised_tokens"]) for record in steps] == counts
+    pieces = 2 if rows >= 2 else 4
+    assert [record["text"].split(", ")[0] for record in told] == [
+        f"step 1: the memory did not suffice; batches are cut into {pieces} from now on"
+    ]
+    assert narrow.failures == (1 if rows >= 2 else 2)
+
+
+def test_a_single_row_that_does_not_fit_ends_the_run(samples: list[Sample]) -> None:
+    with pytest.raises(torch.OutOfMemoryError):
+        Run(Narrow(0), loaders(samples)[0], None)

@@ -1,0 +1,199 @@
+"""`llmrecipes plan`: what a fine-tuning would take on a GPU that need not be here, from config and data alone."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from llmrecipes.batch import document_spans
+from llmrecipes.config.loading import Loaded
+from llmrecipes.config.options import size_in_bytes
+from llmrecipes.config.schema import PlanConfig
+from llmrecipes.data.loaders import Loader
+from llmrecipes.errors import ConfigError
+from llmrecipes.kernels.decoder import Keep
+from llmrecipes.kernels.footprint import Shape, keeps_within
+from llmrecipes.kernels.layers import KNOWN_LAYERS, decoder_layers
+from llmrecipes.models.adapters import attach_trained, count_parameters
+from llmrecipes.models.loading import load_tokenizer, model_config, resolve_model
+from llmrecipes.precision import Precision
+from llmrecipes.reports.format import count, duration, gib
+from llmrecipes.reports.plan import aligned
+from llmrecipes.run.finetune import build_loaders, method_text, resolve_plugins, train_plan
+from llmrecipes.run.memory import CONTEXT, KEEPS, MARGIN, divisors, kept_text
+from llmrecipes.run.preparing import set_seeds
+from llmrecipes.run.speed import EXACT, fused_shape
+from llmrecipes.training.optimizers import state_bytes
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU by its data sheet."""
+
+    name: str
+    memory: int
+    peak: float
+    """operations a second of dense bfloat16 matmuls that add in float32"""
+
+
+CARDS = {
+    "3090": Card("GeForce RTX 3090", 24 << 30, 71e12),
+    "4090": Card("GeForce RTX 4090", 24 << 30, 165e12),
+    "a100": Card("A100 80GB", 80 << 30, 312e12),
+    "h100": Card("H100 SXM", 80 << 30, 989e12),
+    "h200": Card("H200", 141 * 10**9, 989e12),
+}
+"""NVIDIA's white papers GA102, AD102, A100, H100 and the H200's data sheet."""
+
+REACHED = {EXACT: 0.55, "int8": 0.73, "fp8": 0.73}
+"""Share of the peak that a training step reaches in useful operations, measured on an H200 (benchmarks/gpu.py,
+4 x 4,096 tokens, 7B, LoRA r 16); other cards are taken to reach the same. 8-bit matmuls count as bfloat16's peak."""
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of a step at its fullest, by what they are for."""
+
+    weights: int
+    """of the frozen ones, as they are stored"""
+    trained: int
+    """weights that train, and LoRA's copies in the compute type"""
+    optimizer: int
+    gradients: int
+    kept: int
+    """by the layers, for the backward pass"""
+    passing: int
+    accumulates: bool
+    """whether a step has several batches: then the gradient of the first is there while the second is computed"""
+
+    @property
+    def peak(self) -> int:
+        """All that is there at once: the backward pass frees what was kept while the gradient grows."""
+        grown = self.kept + self.gradients if self.accumulates else max(self.kept, self.gradients)
+        return self.weights + self.trained + self.optimizer + grown + self.passing
+
+    @property
+    def told(self) -> str:
+        """Each part, in words."""
+        parts = {
+            "frozen": self.weights,
+            "trained": self.trained,
+            "optimizer": self.optimizer,
+            "gradients": self.gradients,
+            "kept for the backward pass": self.kept,
+            "on its way": self.passing,
+        }
+        return ", ".join(f"{name} {gib(size)}" for name, size in parts.items())
+
+
+def plan(loaded: Loaded[PlanConfig], config_path: str | None) -> int:
+    """Prints the plan of a fine-tuning; returns the exit code, 2 where it would not fit."""
+    config = loaded.config
+    card = CARDS[config.card]
+    precision = planned_precision(config)
+    plugins = resolve_plugins(config, config_path)
+    source = resolve_model(config, weights=False)
+    tokenizer = load_tokenizer(config, source)
+    set_seeds(config.seed)
+    loaders = build_loaders(config, tokenizer, plugins, source, document_spans)
+    model = meta_model(config, source, precision)
+    compute = planned_compute(config)
+    shape = fused_shape(model, decoder_layers(model)[0], config, precision, compute)
+    limit = size_in_bytes(config.fit) or card.memory
+    pieces, keeps, found = fitted(config, model, shape, loaders.training.batch_rows, limit)
+    total, trained = count_parameters(model)
+    steps = train_plan(config, loaders).steps
+    epochs = steps / len(loaders.training.window_rows(0))
+    seconds = epochs * operations(shape, loaders.training, config) / card.peak / REACHED[compute]
+    rows = [
+        ("model", f"{config.model_name}: {count(total)} parameters, {count(trained)} of them train"),
+        ("method", f"{method_text(config)}; base in {config.quantization or precision.name}, matmuls {compute}"),
+        ("steps", f"{count(steps)}, an epoch has {count(loaders.training.useful_tokens)} tokens"),
+        ("memory", f"{gib(found.peak)} at most, of {gib(limit)}: {found.told}"),
+        ("", kept_text(keeps) + (f"; each batch cut into {pieces}, with the same update" if pieces > 1 else "")),
+        ("time", f"about {duration(seconds)} of training on a {card.name}"),
+        ("", f"at {REACHED[compute]:.0%} of its {card.peak / 1e12:.0f} TFLOP/s, the share measured on an H200"),
+    ]  # fmt: skip
+    print(aligned(rows))
+    if found.peak <= MARGIN * (limit - CONTEXT):
+        return 0
+    print("it does not fit; try --quantization 4bit, --optimizer adamw_8bit or a smaller --context_length")
+    return ConfigError.exit_code
+
+
+def planned_compute(config: PlanConfig) -> str:
+    """Returns how frozen weights would be multiplied."""
+    asked = config.quantization_config.compute if config.quantization == "4bit" else "bf16"
+    return {"bf16": EXACT, "auto": "int8"}.get(asked, asked)
+
+
+def planned_precision(config: PlanConfig) -> Precision:
+    """Returns the types that the run would have on the card."""
+    if config.use_fp16:
+        return Precision(torch.device("meta"), torch.float16, torch.float32, loss_scaling=True)
+    compute = torch.float32 if config.mixed_precision is False else torch.bfloat16
+    trained = torch.bfloat16 if config.fsdp_config.pure_bf16 else torch.float32
+    return Precision(torch.device("meta"), compute, trained, loss_scaling=False)
+
+
+def meta_model(config: PlanConfig, source: str, precision: Precision) -> Any:
+    """Returns the model with what trains attached, without any weights."""
+    described = model_config(config, source)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(described)
+        model = model.to(precision.compute if config.use_peft else precision.trained)
+        model = attach_trained(model, replace(config, from_peft_checkpoint=""), precision)
+    kinds = {type(layer).__name__ for layer in decoder_layers(model)}
+    if not kinds <= set(KNOWN_LAYERS):
+        raise ConfigError(f"plan: {', '.join(sorted(kinds))} is not known here, only {', '.join(KNOWN_LAYERS)}")
+    return model
+
+
+def fitted(
+    config: PlanConfig, model: Any, shape: Shape, batch_rows: int, limit: int
+) -> tuple[int, list[Keep], Footprint]:
+    """Returns into how many a batch is cut, what layers keep, and what that takes: as the trainer would decide."""
+    free = MARGIN * (limit - CONTEXT)
+    for pieces in divisors(batch_rows):
+        tokens = batch_rows // pieces * config.context_length
+        budget = size_in_bytes(config.activation_memory)
+        keeps = [KEEPS.get(config.activation_memory, Keep.ALL)] * shape.layers
+        keeps = keeps_within(shape, tokens, budget) if budget is not None else keeps
+        found = footprint(config, model, shape, tokens, keeps)
+        if found.peak > free and pieces == batch_rows and config.activation_memory == "auto":
+            least = footprint(config, model, shape, tokens, [Keep.INPUT] * shape.layers)
+            keeps = keeps_within(shape, tokens, int(least.kept + free - least.peak))
+            found = footprint(config, model, shape, tokens, keeps)
+        if found.peak <= free:
+            break
+    return pieces, keeps, found
+
+
+def footprint(config: PlanConfig, model: Any, shape: Shape, tokens: int, keeps: Sequence[Keep]) -> Footprint:
+    """Returns the bytes of a step of so many tokens."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in frozen)
+    gradients = sum(parameter.numel() * parameter.element_size() for parameter in trained)
+    if config.quantization:
+        # A scale of 4 bytes for 64 weights; of 1 byte, and 4 for 256 of them, with double quantization.
+        scales = (1 + 4 / 256) / 64 if config.quantization_config.use_double_quant else 4 / 64
+        stored = 1.0 if config.quantization == "8bit" else 0.5 + scales
+        weights -= int(shape.linear_parameters * (shape.compute - stored))
+    return Footprint(
+        weights=weights,
+        trained=gradients + (shape.adapter_copies if config.use_peft else 0),
+        optimizer=state_bytes(config.optimizer, trained),
+        gradients=gradients,
+        kept=sum(tokens * shape.kept_bytes(keep) for keep in keeps),
+        passing=shape.passing_bytes(tokens, keeps[-1]),
+        accumulates=config.batch_size_training * config.gradient_accumulation_steps * config.context_length > tokens,
+    )
+
+
+def operations(shape: Shape, loader: Loader, config: PlanConfig) -> int:
+    """Returns the floating-point operations of an epoch."""
+    pairs = sum(length * (length + 1) // 2 for length in loader.lengths)
+    return shape.operations(loader.useful_tokens, loader.supervised_tokens, pairs, not config.use_peft)

@@ -1,0 +1,109 @@
+"""Laws of the plan: its memory is what was measured, it decides as the trainer does, and needs no weights."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from llmrecipes.command import run_command
+from llmrecipes.config.loading import load_config
+from llmrecipes.config.schema import PlanConfig
+from llmrecipes.errors import ConfigError
+from llmrecipes.kernels.decoder import Keep
+from llmrecipes.kernels.layers import decoder_layers
+from llmrecipes.models.adapters import attach_trained
+from llmrecipes.run import plan as module
+from llmrecipes.run.speed import fused_shape
+
+SEVEN_BILLION = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+LORA = {"use_peft": "true", "lora_config.r": "16", "lora_config.target_modules": "all-linear"}
+LORA |= {"lora_config.lora_dropout": "0"}
+NESTED = {"quantization": "4bit", "quantization_config.use_double_quant": "true"}
+
+MEASURED: dict[str, tuple[dict[str, str], float]] = {
+    "16,384 tokens, bf16": (LORA | {"batch_size_training": "4"}, 60.7),
+    "16,384 tokens, NF4": (LORA | {"batch_size_training": "4", "quantization": "4bit"}, 52.3),
+    "the whole model": ({"batch_size_training": "4", "pure_bf16": "true"}, 85.0),
+    "4,096 tokens, NF4": (
+        LORA | NESTED | {"batch_size_training": "1", "gradient_accumulation_steps": "4", "activation_memory": "keep"},
+        16.4,
+    ),
+    "4,096 tokens, NF4, least memory": (
+        LORA | NESTED | {"batch_size_training": "1", "gradient_accumulation_steps": "4", "activation_memory": "offload",
+                         "optimizer": "adamw_8bit"},
+        4.9,
+    ),
+}  # fmt: skip
+"""Flags of a 7B with rows of 4,096 tokens -> peak GiB on an H200 (benchmarks/gpu.py, 2026-11-25, torch 2.11)."""
+
+
+def planned(flags: dict[str, str], limit: int) -> tuple[int, list[Keep], module.Footprint]:
+    config = load_config(PlanConfig, {"model_name": "7B", "context_length": "4096", **flags}).config
+    precision = module.planned_precision(config)
+    with torch.device("meta"):
+        model: Any = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SEVEN_BILLION))
+        model = model.to(precision.compute if config.use_peft else precision.trained)
+        model = attach_trained(model, config, precision)
+    shape = fused_shape(model, decoder_layers(model)[0], config, precision, module.planned_compute(config))
+    return module.fitted(config, model, shape, config.batch_size_training, limit)
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_its_memory_is_within_a_tenth_of_what_was_measured(name: str) -> None:
+    flags, measured = MEASURED[name]
+    pieces, _, found = planned(flags, limit=module.CARDS["h200"].memory)
+    assert pieces == 1
+    assert found.peak / 2**30 == pytest.approx(measured, rel=0.1)
+
+
+def test_a_smaller_card_gets_smaller_batches_and_then_keeps_less() -> None:
+    flags = LORA | NESTED | {"batch_size_training": "4"}
+    pieces, keeps, found = planned(flags, 24 << 30)
+    assert pieces == 4 and set(keeps) == {Keep.ALL} and found.peak < 24 << 30
+    pieces, keeps, found = planned(flags, 12 << 30)
+    assert pieces == 4 and Keep.ALL not in keeps[-1:] and found.peak < 12 << 30
+    assert planned(flags, 3 << 30)[2].peak > 3 << 30
+
+
+@pytest.fixture
+def plan(model_folder: Path, sums_file: str, tmp_path: Path) -> Callable[..., int]:
+    """Plans the usual run, on a folder without weights."""
+    folder = tmp_path / "described"
+    shutil.copytree(model_folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+
+    def run(**flags: str) -> int:
+        data = {"dataset": "custom_dataset", "custom_dataset.file": sums_file, "context_length": "64"}
+        return run_command("plan", {"model_name": str(folder), **data, "run_validation": "false", **flags})
+
+    return run
+
+
+def test_it_needs_no_weights_and_tells_what_the_run_takes(
+    plan: Callable[..., int], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    before = sorted(tmp_path.iterdir())
+    assert plan(use_peft="true", card="3090", num_epochs="2", batch_size_training="1") == 0
+    told = " ".join(capsys.readouterr().out.split())
+    for part in ("LoRA, r 8", "steps 4", "of 24.0 GiB: frozen", "2 layers keep all", "GeForce RTX 3090", "71 TFLOP/s"):
+        assert part in told
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_what_does_not_fit_is_told_by_the_exit_code(
+    plan: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plan(fit="513MiB") == 2
+    assert "it does not fit; try" in capsys.readouterr().out
+
+
+def test_a_model_that_is_not_known_is_told(plan: Callable[..., int], tmp_path: Path) -> None:
+    path = tmp_path / "described" / "config.json"
+    config = transformers.GemmaConfig(vocab_size=260, hidden_size=32, num_hidden_layers=2, head_dim=8)
+    path.write_text(json.dumps(config.to_dict()))
+    with pytest.raises(ConfigError, match="plan: GemmaDecoderLayer is not known here"):
+        plan()

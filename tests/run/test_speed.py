@@ -1,0 +1,98 @@
+"""Laws of the fast path in a whole run: demanded, it learns as the plain one does; where it cannot, that is told."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from llmrecipes.config.loading import load_config
+from llmrecipes.config.schema import RunConfig
+from llmrecipes.errors import ConfigError
+from llmrecipes.kernels.layers import UnknownLayerError
+from llmrecipes.precision import Precision
+from llmrecipes.run.speed import check_fusible
+
+Command = Callable[..., int]
+Losses = Callable[[Path], list[float]]
+
+RUNS: dict[str, dict[str, Any]] = {
+    "padding": {"lora_config.target_modules": "all-linear"},
+    "packing": {"batching_strategy": "packing", "context_length": 24, "lora_config.target_modules": "all-linear"},
+    "the whole model": {"use_peft": None, "lora_config.lora_dropout": None, "lr": 1e-3},
+    "adamw_fused": {"optimizer": "adamw_fused"},
+    "4bit": {"quantization": "4bit", "quantization_config.compute": "bf16"},
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("memory", ["keep", "recompute", "offload", "1KiB"])
+def test_fused_layers_learn_as_the_plain_ones(
+    memory: str, name: str, finetune: Command, losses: Losses, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = {"lr": 1e-3, "run_validation": True, **RUNS[name]}
+    finetune(tmp_path / "plain", use_fast_kernels=False, **flags)
+    capsys.readouterr()
+    finetune(tmp_path / "fast", use_fast_kernels=True, activation_memory=memory, **flags)
+    assert "2 fused layers" in " ".join(capsys.readouterr().out.split())
+    assert losses(tmp_path / "fast") == pytest.approx(losses(tmp_path / "plain"), rel=2e-4)
+
+
+def test_8_bit_matmuls_learn_and_their_error_is_told(
+    finetune: Command, losses: Losses, thorough: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = {**thorough, "quantization": "4bit"}
+    finetune(tmp_path / "exact", **flags, **{"quantization_config.compute": "bf16"})
+    capsys.readouterr()
+    finetune(tmp_path / "int8", **flags, **{"quantization_config.compute": "int8"})
+    assert "matmuls in int8 (error of a layer" in " ".join(capsys.readouterr().out.split())
+    exact, rounded = losses(tmp_path / "exact"), losses(tmp_path / "int8")
+    assert rounded != exact and rounded[:5] == pytest.approx(exact[:5], rel=0.05)
+    assert rounded[-1] < 0.1 * rounded[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ({"peft_method": "prefix", "lora_config.lora_dropout": None}, "cannot attend by document"),
+        ({"peft_method": "llama_adapter", "lora_config.lora_dropout": None,
+          "llama_adapter_config.adapter_layers": 2}, "the layers cannot be fused"),
+        ({"lora_config.use_dora": True}, "DoRA"),
+        ({"quantization": "8bit"}, "Linear8bitLt"),
+    ],
+    ids=["prefix", "llama_adapter", "DoRA", "8bit"],
+)  # fmt: skip
+def test_what_cannot_be_fused_is_told_where_it_is_demanded(
+    flags: dict[str, Any], told: str, finetune: Command, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=f"--use_fast_kernels true: .*{told}.*; leave the flag out"):
+        finetune(tmp_path / "out", use_fast_kernels=True, **flags)
+    assert finetune(tmp_path / "out", **flags) == 0
+
+
+def test_8_bits_and_the_plain_path_contradict_each_other(finetune: Command, tmp_path: Path) -> None:
+    flags = {"quantization": "4bit", "quantization_config.compute": "int8"}
+    with pytest.raises(ConfigError, match="--use_fast_kernels false switches off"):
+        finetune(tmp_path / "out", use_fast_kernels=False, **flags)
+
+
+def test_a_model_with_windows_keeps_its_layers(
+    finetune: Command, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "windows"
+    shutil.copytree(model_folder, folder)
+    settings = json.loads((folder / "config.json").read_text())
+    config = transformers.MistralConfig(**{**settings, "sliding_window": 4, "model_type": "mistral", "head_dim": 16})
+    torch.manual_seed(0)
+    transformers.MistralForCausalLM(config).save_pretrained(folder)
+    with pytest.raises(ConfigError, match="cannot attend by document"):
+        finetune(tmp_path / "out", model_name=folder, use_fast_kernels=True)
+    model = transformers.MistralForCausalLM(config)
+    wanted = load_config(RunConfig, {"model_name": "m", "output_dir": "o", "use_peft": "true"}).config
+    precision = Precision(torch.device("cpu"), torch.float32, torch.float32, loss_scaling=False)
+    with pytest.raises(UnknownLayerError, match="within windows"):
+        check_fusible(model, wanted, precision)
