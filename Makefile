@@ -10,7 +10,7 @@ CHECKED := llmrecipes custom_datasets benchmarks
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help environment quickstart test lint format clean
+.PHONY: help environment quickstart test soak lint format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,6 +22,9 @@ quickstart: $(READY) ## fine-tune a small model on arithmetic and compare it wit
 
 test: $(READY) ## run the tests; no network, no GPU needed
 	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest
+
+soak: $(READY) ## random kills, full disks and spoiled checkpoints by the hundred; 15 minutes (SOAK=0.1: a tenth)
+	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -m soak
 
 lint: $(READY) ## ruff and mypy
 	$(VENV)/bin/ruff check

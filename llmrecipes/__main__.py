@@ -1,4 +1,4 @@
-"""One command for all: `llmrecipes plan|finetuning|inference|evaluation|merging|data ...`."""
+"""One command for all: `llmrecipes plan|finetuning|inference|evaluation|merging|verify|data ...`."""
 
 import sys
 
@@ -6,6 +6,7 @@ from llmrecipes import __version__
 from llmrecipes.command import COMMANDS, launch
 from llmrecipes.data.__main__ import main as data_main
 from llmrecipes.errors import did_you_mean
+from llmrecipes.verify import main as verify_main
 
 WHAT = {
     "plan": "what a fine-tuning would take on a GPU that need not be here",
@@ -13,6 +14,7 @@ WHAT = {
     "inference": "answer one prompt",
     "evaluation": "score the base model and the tuned one",
     "merging": "adapter and base as one model folder",
+    "verify": "check that what was saved is still what was written",
     "data": "make, view, check and examine data",
 }
 
@@ -29,6 +31,8 @@ def main() -> int:
         return 0
     if words[0] == "data":
         return data_main(words[1:])
+    if words[0] == "verify":
+        return verify_main(words[1:])
     if words[0] not in COMMANDS:
         print(
             f"error: {words[0]} is not a command, only {', '.join(WHAT)}{did_you_mean(words[0], WHAT)}", file=sys.stderr

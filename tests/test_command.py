@@ -281,7 +281,7 @@ def test_an_unknown_command_is_told_with_its_likes(
 ) -> None:
     assert one(monkeypatch, "finetunign", "--lr", "1") == 2
     assert capsys.readouterr().err == (
-        "error: finetunign is not a command, only plan, finetuning, inference, evaluation, merging, data; "
+        "error: finetunign is not a command, only plan, finetuning, inference, evaluation, merging, verify, data; "
         "did you mean finetuning?\n"
     )
 

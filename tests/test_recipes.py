@@ -6,8 +6,10 @@ Whether a model learns is not asked here: a Llama of some 100,000 random weights
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -284,3 +286,24 @@ def test_a_recipe_asks_with_the_ids_that_training_saw(
     asked = asked_by(recipe, run_recipe, tmp_path, **variables)
     (tmp_path / "data").mkdir()
     assert encode_prompt(tokenizer, asked) == trained_prompt(dataset, row, tokenizer, tmp_path / "data")
+
+
+# --- slurm ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("code", "requeued"), [(0, False), (143, True), (2, False)])
+def test_a_slurm_job_is_queued_again_where_it_was_stopped_and_only_there(
+    code: int, requeued: bool, tmp_path: Path
+) -> None:
+    executable(tmp_path / "srun", f'echo "$@" > "{tmp_path}/ran"; sleep 0.3; exit {code}')
+    executable(tmp_path / "scontrol", f'echo "$@" > "{tmp_path}/asked"')
+    variables = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "PYTHON": "py"}
+    with subprocess.Popen([str(ROOT / "recipes/slurm.sh"), "--lr", "1"], env=variables, cwd=tmp_path) as job:
+        while not (tmp_path / "ran").exists():
+            time.sleep(0.01)
+        job.send_signal(signal.SIGUSR1)
+        assert job.wait(timeout=20) == code
+    assert (tmp_path / "ran").read_text() == "py -m llmrecipes.finetuning --resume auto --save_steps 500 --lr 1\n"
+    assert (tmp_path / "asked").exists() == requeued
+    if requeued:
+        assert (tmp_path / "asked").read_text() == "requeue 7\n"

@@ -169,9 +169,9 @@ def assign(tree: DictConfig, leaf: Leaf, item: Given) -> str | None:
         value = [part.strip().strip("'\"") for part in value.strip().strip("[]()").split(",") if part.strip()]
     try:
         OmegaConf.update(tree, leaf.key, _literal(value))
+        value = OmegaConf.select(tree, leaf.key)
     except OmegaConfBaseException:
         return f"expected {_article(leaf.type_name)}, found {item.value!r}"
-    value = OmegaConf.select(tree, leaf.key)
     chosen = list(value or ()) if leaf.kind is list else [] if value is None else [value]
     for choice in chosen:
         if limits.choices and choice not in limits.choices and not (limits.plugin and ".py" in choice):

@@ -4,16 +4,18 @@ A key that the user set and that nothing would read is an error which names what
 choice that cannot work. Nothing is altered in silence.
 """
 
+import re
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 from llmrecipes.config.data_schema import DataViewConfig, TokenizerOptions
 from llmrecipes.config.dataset_schema import DatasetOptions
 from llmrecipes.config.files import Given
 from llmrecipes.config.options import listed, size_in_bytes
-from llmrecipes.config.schema import EvaluationConfig, InferenceConfig, ModelOptions, RunConfig
+from llmrecipes.config.schema import EvaluationConfig, InferenceConfig, MergingConfig, ModelOptions, RunConfig
 from llmrecipes.errors import did_you_mean
 
 
@@ -91,7 +93,9 @@ RUN_EFFECTS = (
     Effect(("wandb_config.*",), lambda c: c.use_wandb or "wandb" in c.report_to, "--use_wandb"),
     Effect(("flop_counter_start",), lambda c: c.flop_counter, "--flop_counter"),
     Effect(("profiler_dir",), lambda c: c.use_profiler, "--use_profiler"),
-    Effect(("save_steps",), lambda c: c.save_model, "--save_model"),
+    Effect(("save_steps", "save_on", "keep_last"), lambda c: c.save_model, "--save_model"),
+    Effect(("resume_allow_changes",), lambda c: c.resume != "never", "--resume auto"),
+    Effect(("skip_spikes",), lambda c: c.spike_sigma > 0, "--spike_sigma above 0"),
     Effect(
         ("low_cpu_fsdp", "dist_checkpoint_root_folder", "dist_checkpoint_folder", "save_optimizer",
          "fsdp_config.sharding_strategy", "fsdp_config.hsdp", "fsdp_config.*_group_size", "fsdp_config.checkpoint_type",
@@ -105,6 +109,31 @@ PRECISION_CONFLICTS = (
     Conflict(
         lambda c: c.use_fp16 and c.mixed_precision is False,
         "--use_fp16 contradicts --mixed_precision false (which means float32); leave one of them out",
+    ),
+)
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def _runs_code_that_may_change(config: Any) -> bool:
+    """Whether Python code of the hub would be run whose author may exchange it between two runs."""
+    names = [name for name in (config.model_name, getattr(config, "tokenizer_name", None)) if name]
+    pinned = COMMIT.fullmatch(config.model_revision or "")
+    return bool(config.trust_remote_code and not pinned and not all(map(_is_here, names)))
+
+
+def _is_here(name: str) -> bool:
+    try:
+        return Path(name).expanduser().exists()
+    except (OSError, RuntimeError, ValueError):
+        return False
+
+
+CODE_CONFLICTS = (
+    Conflict(
+        _runs_code_that_may_change,
+        "--trust_remote_code runs Python code from the hub, which may be another tomorrow: pin it with "
+        "--model_revision (a commit of 40 digits), or give a local folder whose code you have read",
     ),
 )
 
@@ -285,6 +314,11 @@ def _effects(config: object) -> tuple[Effect, ...]:
 
 
 def _conflicts(config: object) -> tuple[Conflict, ...]:
+    runs_code = isinstance(config, ModelOptions | TokenizerOptions | MergingConfig)
+    return _own_conflicts(config) + (CODE_CONFLICTS if runs_code else ())
+
+
+def _own_conflicts(config: object) -> tuple[Conflict, ...]:
     if isinstance(config, RunConfig):
         return DATASET_CONFLICTS + PRECISION_CONFLICTS + RUN_CONFLICTS
     if isinstance(config, TokenizerOptions):

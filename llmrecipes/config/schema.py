@@ -159,6 +159,15 @@ class TrainingOptions:
     seed: int = option(
         42, "seed of the adapter's start, of dropout and of the order of samples", at_least=0, at_most=2**63 - 1
     )
+    deterministic: bool = option(False, "ours: only operations whose every run gives the same bits; slower on a GPU")
+    max_skipped_steps: int = option(
+        3, "ours: steps skipped in a row, their loss or gradient not finite, after which the run stops", at_least=1
+    )
+    spike_sigma: float = option(
+        6.0, "ours: a loss or gradient norm so many standard deviations above the last 128 steps is told; 0: none",
+        at_least=0,
+    )  # fmt: skip
+    skip_spikes: bool = option(False, "ours: leave such steps out of the weights")
 
 
 @dataclass(frozen=True)
@@ -190,7 +199,18 @@ class OutputOptions:
     output_dir: str = option(REQUIRED, "folder for the adapter or model, metrics and run.yaml")
     overwrite_output_dir: bool = option(False, "ours: replace the run that output_dir holds")
     save_model: bool = option(True, "write the trained weights")
-    save_steps: int = option(0, "ours: optimizer steps between saved copies; 0: best and last only", at_least=0)
+    save_steps: int = option(
+        0, "ours: optimizer steps between checkpoints, each all that --resume needs; 0: only when stopped", at_least=0
+    )
+    save_on: str = option(
+        "", "ours: save a checkpoint and go on when this file appears in output_dir, or with `signal` at SIGUSR2"
+    )
+    keep_last: int = option(2, "ours: checkpoints kept; the best stays too, 0 keeps all", at_least=0)
+    resume: str = option(
+        "never", "ours: go on with a run exactly: auto (from the newest whole checkpoint in output_dir, if one is "
+        "there), never, or a checkpoint's folder"
+    )  # fmt: skip
+    resume_allow_changes: bool = option(False, "ours: go on though settings or data changed since the checkpoint")
     logging_steps: int = option(1, "ours: optimizer steps between records of metrics", at_least=1)
     save_metrics: bool = option(True, "write metrics.jsonl")
     report_to: list[str] = option([], "ours: tensorboard, wandb or FILE.py:FUNCTION, separated by commas")

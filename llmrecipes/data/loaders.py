@@ -288,8 +288,9 @@ def _check_layout(input_ids: torch.Tensor, labels: torch.Tensor, documents: torc
 
 def _deaf_to_signals(worker: int) -> None:
     """Leaves it to the trainer to end a worker: a signal to the whole group must not kill the step being saved."""
-    for kind in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(kind, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def _end_workers() -> None:

@@ -4,6 +4,7 @@ A greedy answer depends on its prompt alone: not on its neighbours in the batch,
 `generation_config.json` that lies in the model's folder.
 """
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from queue import SimpleQueue
@@ -30,8 +31,8 @@ def generate_texts(
 ) -> list[str]:
     """Returns the answer to each prompt, in the order of the prompts, without prompt and stop token.
 
-    Prompts run longest first, so a batch that does not fit the memory fails at once. After each batch `on_batch` is
-    told how many prompts are answered so far. The model's train or eval modes, its generation config and the random
+    Prompts run longest first; a batch that does not fit the memory is answered in halves. After each `on_batch` is told
+    how many prompts are answered so far. The model's train or eval modes, its generation config and the random
     state are what they were when this returns or raises. Raises `DataError` before the first batch for a prompt that
     the model cannot take.
     """
@@ -41,12 +42,25 @@ def generate_texts(
     with _generating(model, settings):
         for start in range(0, len(prompts), batch_size):
             places = longest_first[start : start + batch_size]
-            answers = _answer_ids(model, [prompts[place] for place in places], settings)
+            answers = _answers_in_pieces(model, [prompts[place] for place in places], settings)
             for place, answer in zip(places, answers, strict=True):
                 texts[place] = _answer_text(tokenizer, answer)
             if on_batch is not None:
                 on_batch(start + len(places))
     return texts
+
+
+def _answers_in_pieces(model: Any, prompts: Sequence[Sequence[int]], settings: GenerationSettings) -> list[list[int]]:
+    """Returns the answers' ids, prompts halved, and halved again, where the memory does not suffice for all at once."""
+    try:
+        return list(_answer_ids(model, prompts, settings))
+    except torch.OutOfMemoryError:
+        if len(prompts) == 1:
+            raise
+    gc.collect()
+    middle = len(prompts) // 2
+    parts = (prompts[:middle], prompts[middle:])
+    return [answer for part in parts for answer in _answers_in_pieces(model, part, settings)]
 
 
 def stream_text(model: Any, tokenizer: Any, prompt_ids: Sequence[int], settings: GenerationSettings) -> Iterator[str]:

@@ -3,10 +3,11 @@
 A tracker is a function `(record) -> None`. A new one is a function in any file: `--tracker my_tracker.py:my_tracker`.
 Records are dicts; "kind" says which:
 
-    start       output_dir, config (the run, flat: dotted key to value), total_steps
+    start       output_dir, config (the run, flat: dotted key to value), total_steps, steps_done (of a run that goes on)
     step        step, epoch, loss, learning_rate, gradient_norm, tokens_per_second, supervised_tokens, useful_tokens,
-                seconds, memory_bytes, with --flop_counter teraflops and ceiling_share; all but the memory are those of
-                this one step, also where steps between two records are not told
+                seconds, memory_bytes, loss_scale (fp16), with --flop_counter teraflops and ceiling_share; of a step
+                that was skipped or a spike also rows, spike; all but the memory are those of this one step, also where
+                steps between two records are not told
     evaluation  step, eval_loss, eval_perplexity, eval_tokens
     notice      text: what the run decided on its way
     end         whatever the run closes with
@@ -42,8 +43,8 @@ _REDACTED = "(redacted)"
 class JsonLinesTracker:
     """Appends one line of strict JSON for each step and evaluation to `output_dir/metrics.jsonl`.
 
-    Each line is handed to the system before the next step. NaN and infinity, which JSON lacks, become null. A resumed
-    run goes on in the same file, so where a step occurs twice the later line counts.
+    Each line is handed to the system before the next step. NaN and infinity, which JSON lacks, become null. A run that
+    goes on does so in the same file, cut back to its checkpoint, so that no step occurs twice.
     """
 
     def __init__(self) -> None:
@@ -78,7 +79,9 @@ class TensorBoardTracker:
             check_tracker("tensorboard")
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(Path(record["output_dir"]) / "tensorboard"), flush_secs=10)
+            done = int(record.get("steps_done") or 0)
+            place = str(Path(record["output_dir"]) / "tensorboard")
+            self._writer = SummaryWriter(place, flush_secs=10, purge_step=done + 1 if done else None)
         elif record["kind"] in _PREFIXES:
             writer = _started(self._writer)
             for name, value in _scalars(record).items():

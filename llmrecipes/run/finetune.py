@@ -1,9 +1,10 @@
 """Fine-tuning, station by station: cheap before dear, so that what is wrong is said before the model loads."""
 
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch.optim import Optimizer
 from llmrecipes.batch import Layout, Sample, attention_window, document_spans
 from llmrecipes.config.loading import Loaded
 from llmrecipes.config.schema import RunConfig
-from llmrecipes.config.show import flat_config, run_yaml, value_of
+from llmrecipes.config.show import flat_config, value_of
 from llmrecipes.data.health import quick_findings
 from llmrecipes.data.loaders import Collator, Loader, padded_batch
 from llmrecipes.data.preprocessors import dataset_section, load_preprocessor
@@ -26,24 +27,34 @@ from llmrecipes.models.loading import load_model, load_tokenizer, resolve_model
 from llmrecipes.models.quantization import rows_by_themselves
 from llmrecipes.plugins import Plugin, plugin_folders, resolve_function
 from llmrecipes.precision import Precision, device_name, out_of_memory_told
-from llmrecipes.prompt_contract import PromptContract, prompt_contract
+from llmrecipes.prompt_contract import prompt_contract
 from llmrecipes.reports.format import duration
 from llmrecipes.reports.memory import peak_memory_bytes
 from llmrecipes.reports.plan import Plan, plan_text
 from llmrecipes.reports.progress import TrainingProgress
-from llmrecipes.reports.summary import Summary, summary_text
-from llmrecipes.reports.trackers import METRICS_FILE, TRACKERS, check_tracker, redacted
+from llmrecipes.reports.summary import summary_text
+from llmrecipes.reports.trackers import TRACKERS, check_tracker, redacted
+from llmrecipes.run.blackbox import BlackBox
+from llmrecipes.run.closing import closing_summary
+from llmrecipes.run.keeping import Keeper, describer, plugin_notices
 from llmrecipes.run.measuring import ceiling, operation_counter, profiled
 from llmrecipes.run.memory import check_fit, fit_memory
-from llmrecipes.run.output import ResultWriter, check_output_dir, claim_output_dir, command_line
-from llmrecipes.run.preparing import load_split, run_lanes, run_precision, set_seeds, storage, storage_flags
+from llmrecipes.run.output import ResultWriter, check_output_dir, disk_told
+from llmrecipes.run.preparing import (
+    determinism_told,
+    load_split,
+    run_lanes,
+    run_precision,
+    set_deterministic,
+    set_seeds,
+)
 from llmrecipes.run.speed import Fused, apply_attention, calibrated, fuse_layers
-from llmrecipes.run.stopping import EXIT_STOPPED, StopRequest
+from llmrecipes.run.stopping import EXIT_STOPPED, SaveRequest, StoppedEarlyError
 from llmrecipes.training.loop import Hooks, TrainPlan, TrainResult, train
 from llmrecipes.training.optimizers import OPTIMIZERS
 from llmrecipes.training.probe import check_no_leak
 from llmrecipes.training.schedules import SCHEDULES, warmup_steps
-from llmrecipes.training.updater import LossSum, Updater
+from llmrecipes.training.updater import Health, LossSum, Updater
 
 Tracker = Callable[[dict[str, Any]], None]
 
@@ -51,9 +62,6 @@ SMALLER = "a smaller --batch_size_training or --context_length, or --quantizatio
 
 PROBED_TOKENS = 512
 """Size of the packed row that the leak probe looks at, if its first two samples are no longer."""
-
-LONGEST_EXAMPLE = 300
-"""Characters of a prompt that is still printed as a command to copy."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +88,16 @@ class Loaders:
 
 def finetune(loaded: Loaded[RunConfig], config_path: str | None) -> int:
     """Runs one fine-tuning from config to saved result; returns the exit code."""
+    try:
+        with Keeper(loaded.config) as keeper:
+            return stations(loaded, config_path, keeper)
+    except StoppedEarlyError as told:
+        print(f"error: stopped by {told} before the first step, so there was nothing to save", file=sys.stderr)
+        return EXIT_STOPPED
+
+
+def stations(loaded: Loaded[RunConfig], config_path: str | None, keeper: Keeper) -> int:
+    """Runs the stations of one fine-tuning; returns the exit code."""
     config = loaded.config
     plugins = resolve_plugins(config, config_path)
     precision = run_precision(config)
@@ -88,9 +106,13 @@ def finetune(loaded: Loaded[RunConfig], config_path: str | None) -> int:
     check_checkpoint(config)
     source = resolve_model(config)
     inputs = (config.model_name, config.tokenizer_name, config.from_peft_checkpoint)
-    folder = check_output_dir(config.output_dir, config.overwrite_output_dir, inputs)
+    folder = check_output_dir(config.output_dir, config.overwrite_output_dir, inputs, config.resume != "never")
+    if done := keeper.open(folder):
+        print(done)
+        return 0
     tokenizer = load_tokenizer(config, source)
     set_seeds(config.seed)
+    set_deterministic(config.deterministic)
     lanes = run_lanes(config, source, precision)
     loaders = build_loaders(config, tokenizer, plugins, source, document_layout(precision), lanes)
     contract = prompt_contract(tokenizer, loaders.training.samples)
@@ -107,16 +129,20 @@ def finetune(loaded: Loaded[RunConfig], config_path: str | None) -> int:
     kernels += [f"warmed up in {duration(time.perf_counter() - warming)}" if fitted.peak_bytes else ""]
     plan = replace(train_plan(config, loaders), operations=operation_counter(model, config, precision))
     profiled(config, loaders.training, plan.steps)
-    notices = [*loaded.notices, *loaders.notices]
+    functions = (plugins.preprocessor, plugins.optimizer, plugins.schedule, *plugins.trackers.values())
+    describe = describer(config, loaders.training, functions, source, precision)
+    notices = [*keeper.notices(describe), *plugin_notices(functions), *loaded.notices, *loaders.notices]
     shown = shown_plan(config, loaders, model, precision, plan, kernels, notices)
     seconds = fitted.batch_seconds and plan.steps * loaders.training.window_batches * fitted.batch_seconds
     print(plan_text(replace(shown, memory_bytes=fitted.peak_bytes, seconds=seconds)), flush=True)
-    claim_output_dir(folder, "run.yaml", run_yaml(loaded, values_from_anywhere(config, plugins)))
-    started = time.perf_counter()
     writer = ResultWriter(folder, model, tokenizer, contract, enabled=config.save_model)
-    result = run_training(config, plugins, loaders, updater, plan, writer)
+    keeper.keep(writer, updater, describe)
+    keeper.restore(writer, updater)
+    keeper.claim(folder, loaded, values_from_anywhere(config, plugins))
+    started = time.perf_counter()
+    result = run_training(config, plugins, loaders, updater, plan, keeper, writer)
     print(summary_text(closing_summary(config, folder, result, contract, time.perf_counter() - started)))
-    return EXIT_STOPPED if result.stopped else 0
+    return keeper.ended(result)
 
 
 def resolve_plugins(config: RunConfig, config_path: str | None) -> Plugins:
@@ -228,7 +254,9 @@ def build_updater(model: Any, config: RunConfig, plugins: Plugins, precision: Pr
     """Returns the optimizer step over just what trains."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     clip_norm = config.gradient_clipping_threshold if config.gradient_clipping else None
-    return Updater(model, build_optimizer(config, plugins, trained), plugins.schedule, precision, clip_norm, loss)
+    health = Health(config.max_skipped_steps, config.spike_sigma, config.skip_spikes)
+    optimizer = build_optimizer(config, plugins, trained)
+    return Updater(model, optimizer, plugins.schedule, precision, clip_norm, loss, health)
 
 
 def train_plan(config: RunConfig, loaders: Loaders) -> TrainPlan:
@@ -249,12 +277,19 @@ def train_plan(config: RunConfig, loaders: Loaders) -> TrainPlan:
 
 
 def run_training(
-    config: RunConfig, plugins: Plugins, loaders: Loaders, updater: Updater, plan: TrainPlan, writer: ResultWriter
+    config: RunConfig,
+    plugins: Plugins,
+    loaders: Loaders,
+    updater: Updater,
+    plan: TrainPlan,
+    keeper: Keeper,
+    writer: ResultWriter,
 ) -> TrainResult:
     """Trains, showing progress and feeding the trackers; a signal ends it after the step at hand."""
-    device = updater.precision.device
+    device, box, place = updater.precision.device, BlackBox(), keeper.place
     top = ceiling(updater.precision) if plan.operations else 0.0
-    with TrainingProgress() as progress, StopRequest() as stop:
+    wishes = SaveRequest(config.save_on, writer.folder)
+    with TrainingProgress() as progress, wishes as save, disk_told(writer.folder):
 
         def report(record: dict[str, Any]) -> None:
             record = {**record, "memory_bytes": peak_memory_bytes(device)}
@@ -262,19 +297,26 @@ def run_training(
             if teraflops and record["step"] >= config.flop_counter_start:
                 record |= {"teraflops": teraflops, "ceiling_share": 1e12 * teraflops / top}
             progress(record)
+            box.record(record)
             for tracker in plugins.trackers.values():
                 tracker(record)
 
         flat = redacted(flat_config(config))
-        report({"kind": "start", "output_dir": str(writer.folder), "config": flat, "total_steps": plan.steps})
-        hooks = Hooks(report, writer, stop)
+        started = {"kind": "start", "output_dir": str(writer.folder), "config": flat, "total_steps": plan.steps}
+        report({**started, "steps_done": place.step})
+        hooks = Hooks(report, writer, keeper.checkpoint, keeper.stop, save, box.window)
+        keeper.stop.begin()
+        keeper.restore_random(device)
         try:
-            with out_of_memory_told("training", SMALLER):
+            with out_of_memory_told("training", SMALLER), determinism_told():
                 windows = profiled(config, loaders.training, plan.steps)
-                result = train(writer.model, windows, loaders.validation, updater, plan, hooks)
-        except TrainingError:
-            writer("last")  # steps whose gradient is not finite never reached these weights
-            raise
+                result = train(writer.model, windows, loaders.validation, updater, plan, hooks, place)
+        except TrainingError as error:
+            with suppress(ConfigError):  # steps that were skipped never reached these weights
+                keeper.checkpoint(place)
+                writer("last")
+            saw = box.write(writer.folder, writer.model, writer.tokenizer, updater, error)
+            raise TrainingError(f"{error}{saw}") from None
         report({"kind": "end", "step": result.steps, "stopped": result.stopped, "best_loss": result.best_loss})
     return result
 
@@ -347,39 +389,3 @@ def values_from_anywhere(config: RunConfig, plugins: Plugins) -> dict[str, objec
 def full_name(function: object, name: str) -> str:
     """Returns `/folder/file.py:function` for a plug-in, and the name itself for an entry of ours."""
     return f"{function.path}:{function.name}" if isinstance(function, Plugin) else name
-
-
-def closing_summary(
-    config: RunConfig, folder: Path, result: TrainResult, contract: PromptContract, seconds: float
-) -> Summary:
-    """Returns where everything is and what to try next."""
-    kind = "adapter" if config.use_peft else "model"
-    saved = [(f"{kind}, last", str(folder / "last"))] if (folder / "last").is_dir() else []
-    saved = [(kind, str(folder)), *saved] if config.save_model else []
-    saved += [("metrics", str(folder / METRICS_FILE))] if config.save_metrics else []
-    return Summary(
-        saved=(*saved, ("settings", str(folder / "run.yaml"))),
-        steps=result.steps,
-        seconds=seconds,
-        useful_tokens=result.useful_tokens,
-        final_loss=result.last_loss if result.steps else None,
-        best_eval_loss=result.best_loss,
-        best_step=result.best_step or None,
-        memory_bytes=peak_memory_bytes(run_precision(config).device),
-        next_commands=tuple(next_commands(config, folder, contract)) if config.save_model else (),
-    )
-
-
-def next_commands(config: RunConfig, folder: Path, contract: PromptContract) -> list[str]:
-    """Returns commands that use the result."""
-    if config.use_peft:
-        model = ["--model_name", config.model_name, "--peft_model", str(folder)]
-    else:
-        model = ["--model_name", str(folder)]
-    model += ["--trust_remote_code"] if config.trust_remote_code else []
-    model += ["--model_revision", config.model_revision] if config.use_peft and config.model_revision else []
-    prompt = contract.example if 0 < len(contract.example.strip()) < LONGEST_EXAMPLE else "..."
-    commands = [["python", "-m", "llmrecipes.inference", *model, *storage_flags(storage(config)), "--prompt", prompt]]
-    if config.use_peft and config.peft_method == "lora":
-        commands.append(["python", "-m", "llmrecipes.merging", *model, "--output_dir", f"{folder}-merged"])
-    return [command_line(words) for words in commands]

@@ -61,16 +61,16 @@ class ProfiledWindows:
     loader: Loader
     folder: Path
 
-    def windows(self, epoch: int) -> Iterator[Window]:
-        """Yields the windows of an epoch; the first epoch is profiled."""
+    def windows(self, epoch: int, start: int = 0) -> Iterator[Window]:
+        """Yields the windows of an epoch from number `start` on; the first epoch is profiled."""
         if epoch:
-            yield from self.loader.windows(epoch)
+            yield from self.loader.windows(epoch, start)
             return
         wait, warmup, active = PROFILED
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
         plan = schedule(wait=wait, warmup=warmup, active=active, repeat=1)
         with profile(activities=activities, schedule=plan, on_trace_ready=self._write) as profiler:
-            for window in self.loader.windows(epoch):
+            for window in self.loader.windows(epoch, start):
                 yield window
                 profiler.step()
 

@@ -3,7 +3,8 @@
 import os
 import shlex
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,21 @@ from safetensors import SafetensorError
 from llmrecipes.errors import ConfigError
 from llmrecipes.models.folders import local_path
 from llmrecipes.prompt_contract import PromptContract
+from llmrecipes.run.manifest import MANIFEST, ManifestError, check_folder, flush, seal
 
 MARKS = ("run.yaml", "merging.yaml")
 """Settings that every run, and every merging, writes first: what holds one of them is ours to replace."""
 
-OURS = (*MARKS, "prompt.json", "metrics.jsonl", "tensorboard", "wandb", "last", "step-[0-9]*", ".tmp-*",
+TEMPORARY = ".tmp-"
+"""How the name of what is being written begins."""
+
+LOCK_FILE = "run.lock"
+
+PENDING = ".result"
+"""A finished result on its way to the folder's root."""
+
+OURS = (*MARKS, "prompt.json", "metrics.jsonl", "tensorboard", "wandb", "last", "step-[0-9]*", ".tmp-*", PENDING,
+        "set-aside-*", MANIFEST, LOCK_FILE, "status.json", "black-box",
         "*.safetensors", "*.safetensors.index.json", "adapter_config.json", "config.json", "generation_config.json",
         "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")  # fmt: skip
 """Names that a run may leave in its output folder, and that --overwrite_output_dir may therefore remove."""
@@ -26,10 +37,11 @@ RESULTS = ("*.safetensors", "metrics.jsonl", "step-[0-9]*", "last")
 """Names that make a folder hold a run."""
 
 
-def check_output_dir(path: str, overwrite: bool, inputs: Sequence[str | None] = ()) -> Path:
+def check_output_dir(path: str, overwrite: bool, inputs: Sequence[str | None] = (), goes_on: bool = False) -> Path:
     """Returns the folder to write to, untouched as yet; raises `ConfigError` where writing would endanger anything.
 
-    `inputs` are the models and adapters that the run reads; None and hub ids among them are no folders.
+    `inputs` are the models and adapters that the run reads; None and hub ids among them are no folders. A run that
+    `goes_on` with the one in the folder replaces nothing.
     """
     folder = local_path(path)
     resolved = folder.resolve()
@@ -43,7 +55,8 @@ def check_output_dir(path: str, overwrite: bool, inputs: Sequence[str | None] = 
         source = local_path(name).resolve()
         if source.exists() and (source == resolved or resolved in source.parents):
             raise ConfigError(f"--output_dir {path}: this run reads {name} in it; name another folder")
-    _check_contents(folder, path, overwrite)
+    if not (goes_on and _held(folder, MARKS)):
+        _check_contents(folder, path, overwrite)
     _check_writable(folder, f"--output_dir {path}")
     return folder
 
@@ -60,19 +73,26 @@ def check_output_file(path: str, flag: str) -> Path:
 
 
 def claim_output_dir(folder: Path, mark: str, settings: str) -> None:
-    """Empties a checked folder of the run that it holds and writes the settings of the new one, as file `mark`."""
+    """Empties a checked folder of the run that it holds and writes the settings of the new one, as file `mark`.
+
+    Until then the old one's settings stay, by which the folder is known to be ours.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for item in _held(folder, OURS):
-            _remove(item)
-        (folder / mark).write_text(settings, encoding="utf-8")
+            if item.name not in (LOCK_FILE, *MARKS):
+                _remove(item)
+        write_file(folder / mark, settings)
+        for item in _held(folder, MARKS):
+            if item.name != mark:
+                _remove(item)
     except OSError as error:
         raise ConfigError(f"--output_dir {folder}: cannot be written to ({error.strerror})") from None
 
 
 def _check_contents(folder: Path, path: str, overwrite: bool) -> None:
     """Raises `ConfigError` where a folder holds what no run wrote, or a run that is not to be replaced."""
-    foreign = set(folder.glob("*")) - _held(folder, OURS if _held(folder, MARKS) else (".tmp-*",))
+    foreign = set(folder.glob("*")) - _held(folder, OURS if _held(folder, MARKS) else (".tmp-*", LOCK_FILE))
     if foreign:
         raise ConfigError(
             f"--output_dir {path}: holds files that no run wrote ({min(foreign).name}); name a new folder"
@@ -80,8 +100,8 @@ def _check_contents(folder: Path, path: str, overwrite: bool) -> None:
     held = _held(folder, RESULTS)
     if held and not overwrite:
         raise ConfigError(
-            f"--output_dir {path}: holds a run already ({min(held).name}); name another folder, or replace it with "
-            "--overwrite_output_dir"
+            f"--output_dir {path}: holds a run already ({min(held).name}); name another folder, go on with it "
+            "(fine-tuning: --resume auto), or replace it with --overwrite_output_dir"
         )
 
 
@@ -96,34 +116,114 @@ def _held(folder: Path, patterns: Sequence[str]) -> set[Path]:
     return {item for pattern in patterns for item in folder.glob(pattern)}
 
 
-def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Lets `write` fill a new folder and puts it in the place of `folder` in one move."""
-    temporary = folder.parent / f".tmp-{folder.name}-{os.getpid()}"
-    _written(temporary, write)
-    if folder.exists():
-        _remove(folder)
-    temporary.rename(folder)
+def write_folder(folder: Path, write: Callable[[Path], None], about: Mapping[str, Any] | None = None) -> None:
+    """Lets `write` fill a new folder and puts it, sealed by a manifest, in the place of `folder`.
+
+    Whatever happens, the old folder or the new one is whole; `tidy` ends what was broken off between the two.
+    """
+    temporary = folder.parent / f"{TEMPORARY}{folder.name}"
+    _written(temporary, write, about)
+    with disk_told(folder.parent):
+        aside = folder.parent / f"{TEMPORARY}old-{folder.name}"
+        if folder.exists():
+            _remove_if_there(aside)
+            folder.rename(aside)
+        temporary.rename(folder)
+        flush(folder.parent)
+        _remove_if_there(aside)
 
 
-def write_into(folder: Path, write: Callable[[Path], None]) -> None:
-    """Lets `write` fill a new folder and moves its files into `folder`, each in one move; others stay."""
-    temporary = folder / f".tmp-{os.getpid()}"
-    _written(temporary, write)
-    for item in temporary.iterdir():
-        item.replace(folder / item.name)
-    temporary.rmdir()
+def write_into(folder: Path, write: Callable[[Path], None], about: Mapping[str, Any] | None = None) -> None:
+    """Lets `write` fill a new folder and moves its files into `folder`, the manifest last; others stay.
+
+    From the moment when the new folder is called `PENDING` its files count, and `tidy` moves what is left of them.
+    """
+    temporary = folder / f"{TEMPORARY}result"
+    _written(temporary, write, about)
+    with disk_told(folder):
+        temporary.rename(folder / PENDING)
+        flush(folder)
+        _move_pending(folder)
 
 
-def _written(temporary: Path, write: Callable[[Path], None]) -> None:
-    if temporary.exists():
-        _remove(temporary)
-    temporary.mkdir(parents=True)
+def write_file(path: Path, text: str) -> None:
+    """Puts a text in the place of a file, whole or not at all."""
+    temporary = path.with_name(f"{TEMPORARY}{path.name}")
+    temporary.write_text(text, encoding="utf-8")
+    flush(temporary)
+    temporary.replace(path)
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes a folder of ours, which no one takes for a whole one in the meantime."""
+    gone = folder.parent / f"{TEMPORARY}gone-{folder.name}"
+    with disk_told(folder.parent):
+        _remove_if_there(gone)
+        folder.rename(gone)
+        _remove(gone)
+
+
+def tidy(folder: Path) -> None:
+    """Ends what a run that was killed had begun to write, and removes what it had not finished writing."""
+    with disk_told(folder):
+        if (folder / PENDING).is_dir():
+            _move_pending(folder)
+        for item in sorted(folder.glob(f"{TEMPORARY}*")):
+            name = item.name.removeprefix(TEMPORARY)
+            target = folder / name.removeprefix("old-")
+            unwanted = name == "result" or name.startswith("gone-")
+            if item.is_dir() and not unwanted and not target.exists() and is_whole(item):
+                item.rename(target)
+            else:
+                _remove(item)
+
+
+def is_whole(folder: Path) -> bool:
+    """Returns whether a folder has a manifest, and is as that says."""
     try:
-        write(temporary)
+        check_folder(folder)
+    except ManifestError:
+        return False
+    return True
+
+
+def _move_pending(folder: Path) -> None:
+    pending = folder / PENDING
+    for item in sorted(pending.iterdir(), key=lambda item: item.name == MANIFEST):
+        item.replace(folder / item.name)
+    flush(folder)
+    pending.rmdir()
+
+
+def _written(temporary: Path, write: Callable[[Path], None], about: Mapping[str, Any] | None) -> None:
+    with disk_told(temporary.parent):
+        _remove_if_there(temporary)
+        temporary.mkdir(parents=True)
+    try:
+        with disk_told(temporary.parent):
+            write(temporary)
+            seal(temporary, about or {})
+    except ConfigError:
+        with suppress(OSError):
+            _remove_if_there(temporary)
+        raise
+
+
+@contextmanager
+def disk_told(folder: Path) -> Iterator[None]:
+    """Turns what keeps files from being written into one line."""
+    try:
+        yield
     except (OSError, SafetensorError) as error:
-        _remove(temporary)
         why = getattr(error, "strerror", None) or error
-        raise ConfigError(f"{temporary.parent}: the weights could not be written ({why})") from None
+        raise ConfigError(
+            f"{folder}: it could not be written to ({why}); what was saved before is whole: make room, and run it again"
+        ) from None
+
+
+def _remove_if_there(item: Path) -> None:
+    if item.exists() or item.is_symlink():
+        _remove(item)
 
 
 def _remove(item: Path) -> None:
@@ -150,16 +250,17 @@ class ResultWriter:
     holds_best: bool = False
 
     def __call__(self, name: str) -> None:
-        """Writes adapter or model, tokenizer and prompt.json under a name of the training loop's."""
+        """Writes the result under a name of the training loop's, `best` or `last`."""
         if not self.enabled:
             return
-        if name == "best" or (name == "last" and not self.holds_best):
-            write_into(self.folder, self._write)
+        if name == "best" or not self.holds_best:
+            write_into(self.folder, self.write, {"kind": "result"})
         else:
-            write_folder(self.folder / name, self._write)
+            write_folder(self.folder / name, self.write, {"kind": "result"})
         self.holds_best = self.holds_best or name == "best"
 
-    def _write(self, folder: Path) -> None:
+    def write(self, folder: Path) -> None:
+        """Writes adapter or model, tokenizer and prompt.json into a folder."""
         save_weights(self.model, folder)
         self.tokenizer.save_pretrained(str(folder))
         self.contract.save(folder)

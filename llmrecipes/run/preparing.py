@@ -1,7 +1,8 @@
 """What several commands do first: precision, model, tokenizer, the samples of a split, the adapter."""
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,8 +18,8 @@ from llmrecipes.data.limits import SampleLimits
 from llmrecipes.data.preprocessors import dataset_section
 from llmrecipes.data.samples import Reading, load_samples
 from llmrecipes.data.store import SampleStore
-from llmrecipes.environment import cache_folder
-from llmrecipes.errors import ConfigError
+from llmrecipes.environment import cache_folder, prepare_determinism
+from llmrecipes.errors import ConfigError, HardwareError, first_line
 from llmrecipes.generation.decoding import check_prompts
 from llmrecipes.generation.settings import GenerationSettings
 from llmrecipes.models.folders import local_path
@@ -37,6 +38,25 @@ def set_seeds(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def set_deterministic(wanted: bool) -> None:
+    """Has PyTorch take only operations that give the same bits each time, or, as is usual, any."""
+    if wanted:
+        prepare_determinism()
+    torch.use_deterministic_algorithms(wanted)
+    torch.backends.cudnn.benchmark = False
+
+
+@contextmanager
+def determinism_told() -> Iterator[None]:
+    """Turns an operation that --deterministic does not allow into a `HardwareError`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        raise HardwareError(f"--deterministic: {first_line(error)}; leave the flag out") from None
 
 
 def automatic_values(config: Any) -> dict[str, object]:

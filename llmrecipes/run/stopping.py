@@ -1,26 +1,44 @@
-"""Ctrl-C and SIGTERM ask a run to stop at the next step's end; a second Ctrl-C stops at once."""
+"""Signals: Ctrl-C, SIGTERM and SIGUSR1 ask a run to stop at the next step's end; a second Ctrl-C stops at once.
+
+Before the training there is nothing to save, so there SIGTERM and SIGUSR1 stop at once as well.
+"""
 
 import signal
 import threading
+from pathlib import Path
 from types import FrameType, TracebackType
 
 EXIT_STOPPED = 143
 
+STOPPING = ("SIGINT", "SIGTERM", "SIGUSR1")
+"""SIGUSR1 is what Slurm sends ahead of time (--signal=USR1@90)."""
+
+SAVING = "SIGUSR2"
+"""With --save_on signal: save a checkpoint, and go on."""
+
+
+class StoppedEarlyError(BaseException):
+    """A signal before the first step. No `Exception`, so that nothing takes it for a failure of its own."""
+
 
 class StopRequest:
-    """A context in which the signals only leave a mark, read by calling the object."""
+    """A context in which the signals leave a mark, read by calling the object, once `begin` was called."""
 
     def __init__(self) -> None:
         self.requested = False
+        self.told = ""
+        """name of the signal"""
+        self._waiting = False
 
     def __call__(self) -> bool:
         return self.requested
 
+    def begin(self) -> None:
+        """From now on there is something to save: a signal only leaves a mark."""
+        self._waiting = True
+
     def __enter__(self) -> "StopRequest":
-        # Python lets only the main thread listen; in another one the signals keep their usual effect.
-        here = threading.current_thread() is threading.main_thread()
-        kinds = (signal.SIGINT, signal.SIGTERM) if here else ()
-        self.previous = {kind: signal.signal(kind, self._mark) for kind in kinds}
+        self.previous = {number: signal.signal(number, self._mark) for number in _numbers(STOPPING)}
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -28,6 +46,45 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _mark(self, number: int, frame: FrameType | None) -> None:
-        if self.requested and number == signal.SIGINT:
+        if number == signal.SIGINT and (self.requested or not self._waiting):
             raise KeyboardInterrupt
-        self.requested = True
+        self.requested, self.told = True, signal.Signals(number).name
+        if not self._waiting:
+            raise StoppedEarlyError(self.told)
+
+
+class SaveRequest:
+    """A context that tells, when called, whether a checkpoint is asked for: by a file that appears, or by a signal.
+
+    `on` is the file, which is removed once it is seen, or `signal`, or empty for never.
+    """
+
+    def __init__(self, on: str, folder: Path) -> None:
+        self.file = folder / on if on and on != "signal" else None
+        self._by_signal = on == "signal"
+        self._marked = False
+
+    def __call__(self) -> bool:
+        if self.file is not None and self.file.exists():
+            self.file.unlink(missing_ok=True)
+            return True
+        marked, self._marked = self._marked, False
+        return marked
+
+    def __enter__(self) -> "SaveRequest":
+        numbers = _numbers((SAVING,)) if self._by_signal else []
+        self.previous = {number: signal.signal(number, self._mark) for number in numbers}
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _mark(self, number: int, frame: FrameType | None) -> None:
+        self._marked = True
+
+
+def _numbers(names: tuple[str, ...]) -> list[signal.Signals]:
+    """Returns the signals of these names that this system has; none outside the main thread, which alone may listen."""
+    here = threading.current_thread() is threading.main_thread()
+    return [getattr(signal, name) for name in names if here and hasattr(signal, name)]

@@ -15,11 +15,12 @@ from typing import Any, Protocol
 import torch
 
 from llmrecipes.batch import Batch, Window, halved
-from llmrecipes.errors import DataError
+from llmrecipes.errors import DataError, TrainingError
 from llmrecipes.precision import Precision
 from llmrecipes.training.lanes import in_lanes
 from llmrecipes.training.loss import loss_sum
 from llmrecipes.training.schedules import Progress
+from llmrecipes.training.state import Place
 from llmrecipes.training.updater import HostNumber, LossSum, Update, Updater
 
 Record = dict[str, Any]
@@ -28,8 +29,8 @@ Record = dict[str, Any]
 class Windows(Protocol):
     """What the loop needs of a loader."""
 
-    def windows(self, epoch: int) -> Iterable[Window]:
-        """Yields the windows of an epoch."""
+    def windows(self, epoch: int, start: int = 0) -> Iterable[Window]:
+        """Yields the windows of an epoch from number `start` on."""
         ...
 
 
@@ -58,8 +59,13 @@ class Hooks:
 
     report: Callable[[Record], None]
     save: Callable[[str], None]
-    """saves the weights as they are now, under a name: best, last (unless it is the best) or step-000100"""
+    """saves the weights as they are now, as `best` or as `last`"""
+    checkpoint: Callable[[Place], None] = lambda place: None
+    """saves all that a run needs to go on from here"""
     stop_requested: Callable[[], bool] = lambda: False
+    save_requested: Callable[[], bool] = lambda: False
+    window: Callable[[Window], None] = lambda window: None
+    """told of each window before its step"""
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,8 @@ class StepMetrics:
     supervised_tokens: int
     useful_tokens: int
     update: Update
+    rows: tuple[int, ...] = ()
+    """`Sample.row` of every sample in the window"""
     operations: int = 0
     """floating-point operations, 0 where they are not counted"""
 
@@ -107,50 +115,76 @@ class TrainResult:
 
 
 def train(
-    model: Any, training: Windows, validation: Windows | None, updater: Updater, plan: TrainPlan, hooks: Hooks
+    model: Any,
+    training: Windows,
+    validation: Windows | None,
+    updater: Updater,
+    plan: TrainPlan,
+    hooks: Hooks,
+    place: Place | None = None,
 ) -> TrainResult:
-    """Trains in place and returns the outcome; the best weights by validation loss are saved as `best`."""
-    step, tokens, best = 0, 0, (math.inf, 0)
-    evaluated_at, stopped = 0, False
-    reports = Reports(hooks.report, plan, delayed=updater.precision.device.type == "cuda")
+    """Trains in place and returns the outcome; the best weights by validation loss are saved as `best`.
 
-    def validate() -> tuple[float, int]:
+    `place` is where the run begins, and is kept up to date.
+    """
+    place = place or Place()
+    reports = Reports(hooks.report, plan, updater, place)
+    stopped = False
+
+    def validate() -> bool:
+        """Validates; returns whether the run is to stop."""
         with reports.paused():
             assert validation is not None
-            return _validate(model, validation, updater, plan, hooks, step, best)
+            done = _validate(model, validation, updater, plan, hooks, place)
+        return not done or (place.step < plan.steps and hooks.stop_requested())
 
-    for epoch in range(plan.epochs):
-        for window in training.windows(epoch):
-            progress = Progress(step, plan.steps, plan.warmup_steps, epoch, plan.gamma)
-            halvings = updater.halvings
-            metrics = train_step(model, window, updater, progress, plan.lanes)
-            if updater.halvings > halvings:
-                hooks.report({"kind": "notice", "text": f"step {step + 1}: {_cut_told(updater.halvings)}"})
-            if plan.operations is not None:
-                metrics = replace(metrics, operations=plan.operations(window))
-            step, tokens = step + 1, tokens + metrics.useful_tokens
-            reports.add(step, epoch, metrics)
+    for epoch in range(place.epoch, plan.epochs):
+        place.epoch = epoch
+        for window in training.windows(epoch, place.window) if place.step < plan.steps else ():
+            hooks.window(window)
+            _step(model, window, updater, plan, hooks, place, reports)
             stopped = hooks.stop_requested()
-            if validation is not None and _due(step, plan.eval_steps) and not stopped:
-                best = validate()
-                evaluated_at, stopped = step, step < plan.steps and hooks.stop_requested()
-            if _due(step, plan.save_steps):
+            if validation is not None and _due(place.step, plan.eval_steps) and not stopped:
+                stopped = validate()
+            if _due(place.step, plan.save_steps) or hooks.save_requested():
                 with reports.paused():
-                    hooks.save(f"step-{step:06d}")
-            if stopped or step == plan.steps:
+                    hooks.checkpoint(place)
+            if stopped or place.step == plan.steps:
                 break
-        at_end = step == plan.steps or plan.eval_steps == 0
-        if validation is not None and at_end and evaluated_at != step and not stopped:
-            best = validate()
-            evaluated_at, stopped = step, step < plan.steps and hooks.stop_requested()
-        if stopped or step == plan.steps:
+        at_end = place.step == plan.steps or plan.eval_steps == 0
+        if validation is not None and at_end and place.evaluated_at != place.step and not stopped:
+            stopped = validate()
+        if stopped or place.step == plan.steps:
             break
-    reports.tell()
-    updater.settle()
-    best_loss, best_step = best
-    if best_step != step:
+        place.window = 0
+    with reports.paused():
+        updater.check_health(place.step)
+    if stopped:
+        hooks.checkpoint(place)
+    if place.best_step != place.step:
         hooks.save("last")
-    return TrainResult(step, tokens, reports.last_loss, best_step, best_loss if best_step else None, stopped)
+    best = place.best_loss if place.best_step else None
+    return TrainResult(place.step, place.tokens, place.last_loss, place.best_step, best, stopped)
+
+
+def _step(
+    model: Any, window: Window, updater: Updater, plan: TrainPlan, hooks: Hooks, place: Place, reports: "Reports"
+) -> None:
+    """Takes one optimizer step and moves `place` behind it; raises `TrainingError` where too many were skipped."""
+    progress = Progress(place.step, plan.steps, plan.warmup_steps, place.epoch, plan.gamma)
+    halvings = updater.halvings
+    metrics = train_step(model, window, updater, progress, plan.lanes)
+    place.step, place.window, place.tokens = place.step + 1, place.window + 1, place.tokens + metrics.useful_tokens
+    if updater.halvings > halvings:
+        hooks.report({"kind": "notice", "text": f"step {place.step}: {_cut_told(updater.halvings)}"})
+    if plan.operations is not None:
+        metrics = replace(metrics, operations=plan.operations(window))
+    reports.add(metrics)
+    try:
+        updater.check_health(place.step)
+    except TrainingError:
+        reports.tell()
+        raise
 
 
 class Reports:
@@ -159,16 +193,16 @@ class Reports:
     So the device never waits for the host to read a number. A step's time is that since the step before was told.
     """
 
-    def __init__(self, report: Callable[[Record], None], plan: TrainPlan, delayed: bool) -> None:
-        self.report, self.plan, self.delayed = report, plan, delayed
-        self.last_loss = math.nan
+    def __init__(self, report: Callable[[Record], None], plan: TrainPlan, updater: Updater, place: Place) -> None:
+        self.report, self.plan, self.updater, self.place = report, plan, updater, place
+        self.delayed = updater.precision.device.type == "cuda"
         self._waiting: tuple[int, int, StepMetrics] | None = None
         self._since = time.perf_counter()
 
-    def add(self, step: int, epoch: int, metrics: StepMetrics) -> None:
+    def add(self, metrics: StepMetrics) -> None:
         """Takes a step that was just handed to the device."""
         self.tell()
-        self._waiting = (step, epoch, metrics)
+        self._waiting = (self.place.step, self.place.epoch, metrics)
         if not self.delayed:
             self.tell()
 
@@ -177,16 +211,24 @@ class Reports:
         if self._waiting is None:
             return
         (step, epoch, metrics), self._waiting = self._waiting, None
-        self.last_loss = metrics.loss
+        self.place.last_loss = metrics.loss
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
-        if step % self.plan.logging_steps == 0 or step == self.plan.steps or metrics.update.skipped:
-            self.report(step_record(step, epoch, metrics, seconds))
+        spikes, spike = self.updater.spikes, metrics.update.spike
+        if not spikes.skip:
+            spike = spikes.judge(metrics.loss, metrics.update.gradient_norm)
+        odd = spike or metrics.update.skipped
+        if step % self.plan.logging_steps == 0 or step == self.plan.steps or odd:
+            record = step_record(step, epoch, metrics, seconds)
+            self.report({**record, **({"rows": metrics.rows} if odd else {}), **({"spike": spike} if spike else {})})
+        if odd:
+            self.report({"kind": "notice", "text": odd_text(step, metrics, spike)})
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Tells of all steps so far, and counts none of the time within."""
         self.tell()
+        self.updater.settle()
         yield
         self._since = time.perf_counter()
 
@@ -198,9 +240,9 @@ def train_step(model: Any, window: Window, updater: Updater, progress: Progress,
     update (but for LoRA's dropout, which is drawn anew), and so are all steps from then on.
     """
     supervised, useful = sum(batch.supervised_tokens for batch in window), sum(batch.useful_tokens for batch in window)
+    rows = tuple(row for batch in window for row in batch.sample_rows)
     if supervised == 0:
-        rows = [row for batch in window for row in batch.sample_rows]
-        raise DataError(f"step {progress.step + 1}: no supervised token in rows {rows[:5]}; check get_data_collator")
+        raise DataError(f"step {progress.step + 1}: no supervised token in rows {[*rows[:5]]}; check get_data_collator")
     model.train()
     for _ in range(updater.halvings):
         window = _halved(window)
@@ -216,8 +258,8 @@ def train_step(model: Any, window: Window, updater: Updater, progress: Progress,
         torch.cuda.empty_cache()  # nothing where there is no GPU
         updater.halvings += 1
         window = _halved(window)
-    update = updater.step(progress)
-    return StepMetrics(HostNumber(total), supervised, useful, update)
+    update = updater.step(progress, total)
+    return StepMetrics(HostNumber(total), supervised, useful, update, rows=rows)
 
 
 def _cut_told(halvings: int) -> str:
@@ -250,20 +292,51 @@ def _add_gradients(model: Any, window: Window, updater: Updater, lanes: int) -> 
 
 @torch.no_grad()
 def evaluate(
-    model: Any, validation: Windows, precision: Precision, max_batches: int = 0, loss: LossSum = loss_sum
-) -> EvalMetrics:
-    """Returns the mean loss over the supervised tokens of the split, or of its first `max_batches` batches."""
+    model: Any,
+    validation: Windows,
+    precision: Precision,
+    max_batches: int = 0,
+    loss: LossSum = loss_sum,
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> EvalMetrics | None:
+    """Returns the mean loss over the supervised tokens of the split, or of its first `max_batches` batches.
+
+    None where it was broken off. A batch for which the memory does not suffice is computed in halves.
+    """
     was_training = model.training
     model.eval()
     total, tokens = torch.zeros((), dtype=torch.float64, device=precision.device), 0
     batches = (batch for window in validation.windows(0) for batch in window)
     for batch in itertools.islice(batches, max_batches or None):
-        total += loss(model, batch.to(precision.device), precision)
+        if stop_requested():
+            break
+        total += _loss_in_pieces(model, batch, precision, loss)
         tokens += batch.supervised_tokens
     model.train(was_training)
+    if stop_requested():
+        return None
     if tokens == 0:
         raise DataError("validation: no supervised token in its batches; check get_data_collator")
     return EvalMetrics(float(total) / tokens, tokens)
+
+
+def _loss_in_pieces(model: Any, batch: Batch, precision: Precision, loss: LossSum) -> torch.Tensor:
+    """Returns the summed loss of a batch, computed in halves, and their halves, where the memory does not suffice."""
+    try:
+        return loss(model, batch.to(precision.device), precision)
+    except torch.OutOfMemoryError:
+        if len(batch.input_ids) == 1:
+            raise
+    gc.collect()
+    halves = (_loss_in_pieces(model, half, precision, loss) for half in _halved([batch]))
+    return sum(halves, torch.zeros((), device=precision.device))
+
+
+def odd_text(step: int, metrics: StepMetrics, spike: str | None) -> str:
+    """Returns what is odd about a step, and its rows."""
+    rows = ", ".join(map(str, metrics.rows[:10])) + (", ..." if len(metrics.rows) > 10 else "")
+    done = "skipped, the weights are as they were" if metrics.update.skipped else "a spike"
+    return f"step {step}: {done} ({spike or 'loss or gradient is not finite'}); rows {rows}"
 
 
 def step_record(step: int, epoch: int, metrics: StepMetrics, seconds: float) -> Record:
@@ -275,6 +348,7 @@ def step_record(step: int, epoch: int, metrics: StepMetrics, seconds: float) -> 
         "loss": metrics.loss,
         "learning_rate": metrics.update.learning_rate,
         "gradient_norm": metrics.update.gradient_norm,
+        **({"loss_scale": metrics.update.loss_scale} if metrics.update.loss_scale is not None else {}),
         "skipped": metrics.update.skipped,
         "supervised_tokens": metrics.supervised_tokens,
         "useful_tokens": metrics.useful_tokens,
@@ -288,28 +362,23 @@ def _due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-def _validate(
-    model: Any,
-    validation: Windows,
-    updater: Updater,
-    plan: TrainPlan,
-    hooks: Hooks,
-    step: int,
-    best: tuple[float, int],
-) -> tuple[float, int]:
-    """Evaluates, reports, saves as `best` what is best so far; returns (best loss, its step)."""
-    metrics = evaluate(model, validation, updater.precision, plan.max_eval_batches, updater.loss)
+def _validate(model: Any, validation: Windows, updater: Updater, plan: TrainPlan, hooks: Hooks, place: Place) -> bool:
+    """Evaluates, reports, saves as `best` what is best so far; returns whether it came to its end."""
+    metrics = evaluate(model, validation, updater.precision, plan.max_eval_batches, updater.loss, hooks.stop_requested)
+    if metrics is None:
+        return False
+    place.evaluated_at = place.step
     hooks.report(
         {
             "kind": "evaluation",
-            "step": step,
+            "step": place.step,
             "eval_loss": metrics.loss,
             "eval_perplexity": metrics.perplexity,
             "eval_tokens": metrics.tokens,
         }
     )
     # The first validation always counts as the best so far: a loss that is not a number must not lose the run.
-    if metrics.loss < best[0] or math.isnan(best[0]) or best[1] == 0:
+    if metrics.loss < place.best_loss or math.isnan(place.best_loss) or place.best_step == 0:
         hooks.save("best")
-        return metrics.loss, step
-    return best
+        place.best_loss, place.best_step = metrics.loss, place.step
+    return True

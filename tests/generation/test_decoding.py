@@ -68,6 +68,21 @@ def test_a_greedy_answer_is_the_textbook_one_in_every_batch(
     assert len(set(expected)) > 3
 
 
+def test_a_batch_too_large_for_the_memory_is_answered_in_halves(model: Any, tokenizer: Any) -> None:
+    expected = generate_texts(model, tokenizer, PROMPTS, SETTINGS, batch_size=1)
+    most = [2]
+
+    def small_memory(module: Any, arguments: tuple[torch.Tensor, ...]) -> None:
+        if len(arguments[0]) > most[0]:
+            raise torch.OutOfMemoryError("not enough")
+
+    model.get_input_embeddings().register_forward_pre_hook(small_memory)
+    assert generate_texts(model, tokenizer, PROMPTS, SETTINGS, batch_size=16) == expected
+    most[0] = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        generate_texts(model, tokenizer, PROMPTS, SETTINGS, batch_size=16)
+
+
 @pytest.mark.parametrize("least", [{"min_new_tokens": 5}, {"min_length": 9}])
 def test_each_prompt_has_its_own_least_length(model: Any, tokenizer: Any, least: dict[str, Any]) -> None:
     firsts = {reference_ids(model, prompt, SETTINGS)[0] for prompt in PROMPTS}

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from faults import COMMON, RUNS, forked
 
 from llmrecipes.command import run_command
 
@@ -202,3 +203,23 @@ def no_model_loads(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for module in (evaluate, finetune, infer, merge):
         monkeypatch.setattr(module, "load_model", refuse)
+
+
+@pytest.fixture(scope="session")
+def warm(finetune: Command, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Has this process import all that a run needs, so that none of its copies must."""
+    assert finetune(tmp_path_factory.mktemp("warm") / "out", max_train_step=1, quantization="4bit") == 0
+
+
+@pytest.fixture(scope="session")
+def undisturbed(finetune: Command, warm: None, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A run of each kind that nothing happens to."""
+    done: dict[str, Path] = {}
+
+    def run(name: str) -> Path:
+        if name not in done:
+            done[name] = tmp_path_factory.mktemp("undisturbed") / "out"
+            assert forked(lambda: finetune(done[name], **{**COMMON, **RUNS[name]})) == 0
+        return done[name]
+
+    return run

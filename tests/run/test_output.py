@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 
 from llmrecipes.errors import ConfigError, LlmRecipesError
-from llmrecipes.run.output import check_output_dir, check_output_file, claim_output_dir, write_folder, write_into
+from llmrecipes.run.output import (
+    check_output_dir,
+    check_output_file,
+    claim_output_dir,
+    is_whole,
+    write_folder,
+    write_into,
+)
 
 Command = Callable[..., int]
 
@@ -130,9 +137,10 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     write_folder(tmp_path / "last", good)
     write_into(tmp_path / "last", good)
     for write in (write_folder, write_into):
-        with pytest.raises(ConfigError, match="could not be written .No space left on device"):
+        with pytest.raises(ConfigError, match="could not be written to .No space left on device"):
             write(tmp_path / "last", bad)
-        assert contents(tmp_path) == {"last/weights": b"new"}
+        assert sorted(contents(tmp_path)) == ["last/manifest.json", "last/weights"]
+        assert contents(tmp_path)["last/weights"] == b"new" and is_whole(tmp_path / "last")
 
 
 @contextmanager
@@ -147,9 +155,9 @@ def files_at_most(size: int) -> Iterator[None]:
 
 
 def test_a_full_disk_is_one_line_and_leaves_no_half_of_an_adapter(finetune: Command, tmp_path: Path) -> None:
-    with files_at_most(20_000), pytest.raises(ConfigError, match="the weights could not be written"):
+    with files_at_most(20_000), pytest.raises(ConfigError, match="it could not be written to"):
         finetune(tmp_path / "out", **{"lora_config.target_modules": "all-linear", "lora_config.r": 16})
-    assert set(contents(tmp_path / "out")) == {"run.yaml", "metrics.jsonl"}
+    assert set(contents(tmp_path / "out")) == {"run.yaml", "metrics.jsonl", "status.json"}
 
 
 # --- the commands -----------------------------------------------------------------------------------------------------
@@ -177,11 +185,11 @@ def test_a_run_that_cannot_be_done_loses_nothing_of_the_one_it_would_replace(
 
 def test_a_run_replaces_another_one_and_its_best_last_and_steps(finetune: Command, tmp_path: Path) -> None:
     finetune(tmp_path / "out", save_steps=2, report_to="tensorboard")
-    assert (tmp_path / "out" / "step-000002").is_dir()
+    assert sorted(path.name for path in (tmp_path / "out").glob("step-*")) == ["step-000004", "step-000006"]
     finetune(tmp_path / "out", overwrite_output_dir=True, num_epochs=1)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "adapter_config.json", "adapter_model.safetensors", "metrics.jsonl", "prompt.json", "run.yaml",
-        "tokenizer.json", "tokenizer_config.json",
+        "adapter_config.json", "adapter_model.safetensors", "manifest.json", "metrics.jsonl", "prompt.json", "run.yaml",
+        "status.json", "tokenizer.json", "tokenizer_config.json",
     ]  # fmt: skip
     assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 3
 

@@ -12,12 +12,12 @@ import torch
 from llmrecipes.command import run_command
 from llmrecipes.config.loading import load_config
 from llmrecipes.config.schema import RunConfig
-from llmrecipes.errors import ConfigError
+from llmrecipes.errors import ConfigError, HardwareError
 from llmrecipes.plugins import load_plugin
 from llmrecipes.prompt_contract import load_contract
 from llmrecipes.run import evaluate as evaluation
 from llmrecipes.run import infer as inference
-from llmrecipes.run.preparing import data_cache_folder, load_split, set_seeds, stop_token_ids
+from llmrecipes.run.preparing import data_cache_folder, determinism_told, load_split, set_seeds, stop_token_ids
 
 Command = Callable[..., int]
 
@@ -144,3 +144,25 @@ def test_without_a_home_folder_the_automatic_cache_is_done_without(
 def test_a_folder_that_the_user_named_and_that_cannot_be_written_to_is_refused(drawing: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--data_cache .*train.csv cannot be written to"):
         drawing(data_cache=str(tmp_path / "train.csv"))
+
+
+# --- determinism ------------------------------------------------------------------------------------------------------
+
+
+def test_a_deterministic_run_is_the_same_run_and_the_next_one_is_free_again(
+    finetune: Command, losses: Callable[[Path], list[float]], tmp_path: Path
+) -> None:
+    flags = {"lora_config.lora_dropout": 0.1}
+    assert finetune(tmp_path / "strict", deterministic=True, **flags) == 0
+    assert torch.are_deterministic_algorithms_enabled()
+    assert finetune(tmp_path / "free", **flags) == 0
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert losses(tmp_path / "strict") == losses(tmp_path / "free")
+
+
+def test_an_operation_that_cannot_be_deterministic_is_one_line() -> None:
+    message = r"--deterministic: .*upsample does not have .*; leave the flag out"
+    with pytest.raises(HardwareError, match=message), determinism_told():
+        raise RuntimeError("upsample does not have a deterministic implementation")
+    with pytest.raises(RuntimeError, match="another"), determinism_told():
+        raise RuntimeError("another")

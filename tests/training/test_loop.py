@@ -15,7 +15,7 @@ from llmrecipes.errors import DataError
 from llmrecipes.precision import resolve_precision
 from llmrecipes.training.loop import Hooks, Record, TrainPlan, TrainResult, evaluate, train
 from llmrecipes.training.schedules import SCHEDULES
-from llmrecipes.training.updater import Updater
+from llmrecipes.training.updater import Health, Updater
 
 Samples = Callable[..., list[Sample]]
 
@@ -53,7 +53,12 @@ class Run:
         epochs = plan.setdefault("epochs", 2)
         plan.setdefault("steps", sum(len(training.window_rows(epoch)) for epoch in range(epochs)))
         updater = Updater(model, torch.optim.SGD(model.parameters(), lr=lr), SCHEDULES["constant"], FP32)
-        hooks = Hooks(self.report, lambda name: self.events.append(f"save {name}"), self.stop)
+        hooks = Hooks(
+            self.report,
+            save=lambda name: self.events.append(f"save {name}"),
+            checkpoint=lambda place: self.events.append(f"checkpoint {place.step}"),
+            stop_requested=self.stop,
+        )
         self.result: TrainResult = train(model, training, validation, updater, TrainPlan(**plan), hooks)
 
     def report(self, record: Record) -> None:
@@ -133,14 +138,14 @@ def test_the_plan_decides_where_it_ends(steps: int, samples: list[Sample]) -> No
 
 def test_save_steps_and_logging_steps(samples: list[Sample]) -> None:
     run = Run(Bigram(), loaders(samples)[0], None, save_steps=2, logging_steps=4)
-    assert run.events == ["save step-000002", "step 4", "save step-000004", "step 6", "save step-000006", "save last"]
+    assert run.events == ["checkpoint 2", "step 4", "checkpoint 4", "step 6", "checkpoint 6", "save last"]
 
 
 def test_a_wish_to_stop_is_heard_after_the_step_and_what_is_there_is_saved(samples: list[Sample]) -> None:
     run = Run(Bigram(), *loaders(samples), stop_after=2)
-    assert run.events == ["step 1", "step 2", "save last"] and run.result.stopped
+    assert run.events == ["step 1", "step 2", "checkpoint 2", "save last"] and run.result.stopped
     after_validation = Run(Bigram(), *loaders(samples), stop_after=3, eval_steps=3)
-    assert after_validation.events == ["step 1", "step 2", "step 3", "save last"]
+    assert after_validation.events == ["step 1", "step 2", "step 3", "checkpoint 3", "save last"]
 
 
 def test_the_loss_of_a_record_is_the_mean_over_its_supervised_tokens(samples: list[Sample]) -> None:
@@ -185,6 +190,73 @@ def test_a_short_validation_is_divided_by_what_it_saw_and_reads_no_more(samples:
     limited = evaluate(model, Counted(samples, "padding", 64, batch_rows=3), FP32, max_batches=2)
     assert (limited.loss, limited.tokens) == (first.loss, first.tokens)
     assert sum(read) == 2
+
+
+def test_a_validation_too_large_for_the_memory_is_computed_in_halves(samples: list[Sample]) -> None:
+    model = Bigram()
+    torch.nn.init.normal_(model.table)
+    whole = evaluate(model, Loader(samples, "padding", 64, batch_rows=5), FP32)
+    most = [2]
+
+    def small_memory(module: Any, arguments: Any, options: Any) -> None:
+        if len(options["input_ids"]) > most[0]:
+            raise torch.OutOfMemoryError("not enough")
+
+    model.register_forward_pre_hook(small_memory, with_kwargs=True)
+    halved = evaluate(model, Loader(samples, "padding", 64, batch_rows=5), FP32)
+    assert halved.tokens == whole.tokens and halved.loss == pytest.approx(whole.loss, rel=1e-6)
+    most[0] = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        evaluate(model, Loader(samples, "padding", 64, batch_rows=5), FP32)
+
+
+def test_a_validation_that_is_to_stop_is_broken_off(samples: list[Sample]) -> None:
+    asked: list[int] = []
+
+    def stop() -> bool:
+        asked.append(1)
+        return len(asked) > 2
+
+    model = Bigram()
+    assert evaluate(model, loaders(samples)[1], FP32, stop_requested=stop) is None
+    assert model.training and len(asked) <= 4
+
+
+def test_a_spike_is_told_and_left_out_where_that_is_asked(random_samples: Samples) -> None:
+    samples = random_samples(60)
+    norms = {}
+    for skip in (False, True):
+        model = Bigram()
+        updater = Updater(
+            model, torch.optim.SGD(model.parameters(), lr=0.0), SCHEDULES["constant"], FP32,
+            health=Health(spike_sigma=6.0, skip_spikes=skip),
+        )  # fmt: skip
+        records: list[Record] = []
+
+        def report(record: Record, records: list[Record] = records, model: Bigram = model) -> None:
+            records.append(record)
+            if record.get("step") == 40 and record["kind"] == "step":
+                with torch.no_grad():
+                    model.table[:, 7] = 500.0  # the next loss is far off
+            elif record.get("step") == 41 and record["kind"] == "step":
+                with torch.no_grad():
+                    model.table.zero_()
+
+        train(
+            model,
+            Loader(samples, "padding", 64, batch_rows=1, seed=0),
+            None,
+            updater,
+            TrainPlan(1, 60),
+            Hooks(report, print),
+        )
+        steps = [record for record in records if record["kind"] == "step"]
+        assert [record["step"] for record in steps if "spike" in record] == [41]
+        assert steps[40]["skipped"] is skip and len(steps[40]["rows"]) == 1
+        (notice,) = [record["text"] for record in records if record["kind"] == "notice"]
+        assert ("skipped, the weights are as they were (loss " in notice) is skip and "sigma above the mean" in notice
+        norms[skip] = updater.spikes.plain()
+    assert norms[False] == norms[True]
 
 
 def test_a_validation_leaves_mode_and_gradients_as_they_were(samples: list[Sample]) -> None:

@@ -68,23 +68,39 @@ def one_parameter(precision: Precision = FP32) -> tuple[torch.nn.Linear, Updater
     return model, build_updater(model, precision)
 
 
+ONE = torch.ones(())
+"""A loss that is a number."""
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_gradient_that_is_not_finite_never_reaches_the_weights(bad: float) -> None:
     model, updater = one_parameter()
-    for _ in range(3):
+    for step in range(3):
+        updater.check_health(step)
         updater.backward(model.weight.sum() * bad)
-        assert updater.step(START).skipped
+        assert updater.step(START, ONE).skipped
     assert float(model.weight) == 1.0
-    updater.backward(model.weight.sum() * bad)
-    with pytest.raises(TrainingError, match="not finite 4 times"):
-        updater.step(START)
+    with pytest.raises(TrainingError, match="step 3: loss or gradient was not finite 3 times"):
+        updater.check_health(3)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("scaling", [False, True])
+def test_a_loss_that_is_not_finite_reaches_no_weight_though_its_gradient_is(bad: float, scaling: bool) -> None:
+    precision = Precision(CPU, torch.float16, torch.float32, loss_scaling=True) if scaling else FP32
+    model, updater = one_parameter(precision)
+    updater.backward(model.weight.sum())
+    update = updater.step(START, ONE * bad)
+    assert update.skipped and not math.isfinite(update.gradient_norm)
+    assert float(model.weight) == 1.0 and updater.skipped_in_a_row == 1
 
 
 def test_a_finite_step_forgets_the_skipped_ones() -> None:
     model, updater = one_parameter()
-    for bad in (math.nan, math.nan, math.nan, 1.0) * 3:
+    for bad in (math.nan, math.nan, 1.0) * 3:
         updater.backward(model.weight.sum() * bad)
-        updater.step(START)
+        updater.step(START, ONE)
+        updater.check_health(0)
     assert float(model.weight) < 1.0
 
 
@@ -93,11 +109,23 @@ def test_loss_scaling_skips_until_its_scale_fits() -> None:
     model, updater = one_parameter(precision)
     scale = updater.scaler.get_scale()
     updater.backward(model.weight.sum() * math.inf)
-    assert updater.step(START).skipped
-    assert updater.scaler.get_scale() == scale / 2
+    update = updater.step(START, ONE)
+    assert update.skipped and update.loss_scale == updater.scaler.get_scale() == scale / 2
     updater.backward(model.weight.sum())
-    update = updater.step(START)
+    update = updater.step(START, ONE)
     assert not update.skipped and update.gradient_norm == pytest.approx(1.0)
+
+
+def test_loss_scaling_may_skip_while_it_finds_its_scale() -> None:
+    model, updater = one_parameter(Precision(CPU, torch.float16, torch.float32, loss_scaling=True))
+    for _ in range(18):
+        updater.backward(model.weight.sum() * math.inf)
+        updater.step(START, ONE)
+        updater.check_health(0)
+    updater.backward(model.weight.sum() * math.inf)
+    updater.step(START, ONE)
+    with pytest.raises(TrainingError, match="19 times"):
+        updater.check_health(0)
 
 
 def test_clipping_bounds_the_step() -> None:
@@ -105,7 +133,7 @@ def test_clipping_bounds_the_step() -> None:
     model.weight.data.fill_(1.0)
     updater = Updater(model, torch.optim.SGD(model.parameters(), lr=1.0), SCHEDULES["constant"], FP32, clip_norm=0.25)
     updater.backward(model.weight.sum() * 100)
-    assert updater.step(START).gradient_norm == pytest.approx(100)
+    assert updater.step(START, ONE).gradient_norm == pytest.approx(100)
     assert float(model.weight) == pytest.approx(0.75, abs=1e-5)
 
 

@@ -1,0 +1,194 @@
+"""What keeps a run from being lost, from its first station to its last: signals, lock, checkpoints, status.
+
+`finetune` opens a `Keeper` around all of its stations and tells it, at each, what is known by then.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from llmrecipes.config.loading import Loaded
+from llmrecipes.config.schema import RunConfig
+from llmrecipes.config.show import run_yaml
+from llmrecipes.data.fingerprint import order_fingerprint, samples_fingerprint
+from llmrecipes.data.loaders import Loader
+from llmrecipes.plugins import Plugin, shipped_folder
+from llmrecipes.precision import Precision, device_name
+from llmrecipes.reports.trackers import METRICS_FILE
+from llmrecipes.run.checkpoints import Checkpoints, versions
+from llmrecipes.run.manifest import flush
+from llmrecipes.run.output import ResultWriter, claim_output_dir, disk_told, is_whole, write_file
+from llmrecipes.run.resuming import (
+    Origin,
+    base_fingerprint,
+    check_same_run,
+    compared_settings,
+    find_origin,
+    finished_text,
+    restore,
+    rewind_metrics,
+)
+from llmrecipes.run.status import RunLock, Status
+from llmrecipes.run.stopping import EXIT_STOPPED, StopRequest
+from llmrecipes.training.loop import TrainResult
+from llmrecipes.training.state import Place, generators, restore_generators
+from llmrecipes.training.updater import Updater
+
+ASKED_ONCE = ("resume", "resume_allow_changes", "overwrite_output_dir")
+"""Keys that say how to begin, and so are no part of the run that run.yaml is to reproduce."""
+
+Describe = Callable[[int], Mapping[str, Any]]
+
+
+class Keeper:
+    """A context around one run. `stop` tells whether a signal asks it to end."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.stop = StopRequest()
+        self.place = Place()
+        """where the run is; kept up to date by the training loop"""
+        self.origin: Origin | None = None
+        self._lock = RunLock()
+        self._checkpoints: Checkpoints | None = None
+        self._random: Mapping[str, Any] | None = None
+        self._status: Status | None = None
+
+    def __enter__(self) -> "Keeper":
+        self.stop.__enter__()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.stop.__exit__(kind, error, trace)
+        if error is not None and self._status is not None:
+            self._status.failed(error)
+        self._lock.release()
+
+    def open(self, folder: Path) -> str | None:
+        """Takes a folder that is there and finds what to go on from; returns why there is nothing to do, or None."""
+        with disk_told(folder):
+            if folder.is_dir():
+                self._lock.acquire(folder)
+        done = finished_text(self.config, folder)
+        self.origin = None if done else find_origin(self.config, folder)
+        return done
+
+    def notices(self, describe: Describe) -> list[str]:
+        """Returns what the plan says of going on; raises `ConfigError` where this is another run."""
+        if self.origin is None:
+            return []
+        told = check_same_run(self.config, self.origin, describe(self.origin.place.epoch))
+        place = self.origin.place
+        return [f"goes on from {self.origin.folder}, behind step {place.step}", *self.origin.told, *told]
+
+    def claim(self, folder: Path, loaded: Loaded[RunConfig], values: Mapping[str, object]) -> None:
+        """Makes the folder this run's own: emptied of an older run, or rewound to the checkpoint."""
+        with disk_told(folder):
+            self._claim(folder, loaded, values)
+
+    def _claim(self, folder: Path, loaded: Loaded[RunConfig], values: Mapping[str, object]) -> None:
+        origins = {key: "default" if key in ASKED_ONCE else origin for key, origin in loaded.origins.items()}
+        settings = run_yaml(replace(loaded, origins=origins), values)
+        if not folder.is_dir():
+            claim_output_dir(folder, "run.yaml", settings)
+        self._lock.acquire(folder)
+        if self.origin is None or self.origin.folder.parent.resolve() != folder.resolve():
+            claim_output_dir(folder, "run.yaml", settings)
+        else:
+            rewind_metrics(folder, self.origin)
+            write_file(folder / "run.yaml", settings)
+        self._status = Status(folder)
+        self.told("running")
+
+    def restore(self, writer: ResultWriter, updater: Updater) -> None:
+        """Puts back what the checkpoint holds, where there is one to go on from."""
+        if self.origin is None:
+            return
+        restore(writer.model, updater, self.origin)
+        self._random = generators(updater.precision.device)
+        self.place = self.origin.place
+        here = self.origin.folder.parent.resolve() == writer.folder.resolve()
+        writer.holds_best = self.place.best_step > 0 and here and is_whole(writer.folder)
+        if not writer.holds_best:  # the best weights are not here, so what comes now begins at none
+            self.place.best_loss, self.place.best_step = Place.best_loss, 0
+
+    def restore_random(self, device: torch.device) -> None:
+        """Puts the random generators back, after all that might have drawn from them on the way to the first step."""
+        if self._random is not None:
+            restore_generators(self._random, device)
+
+    def keep(self, writer: ResultWriter, updater: Updater, describe: Describe) -> None:
+        """Prepares for checkpoints of this run; raises `ConfigError` where not one would fit on the disk."""
+
+        def described(epoch: int) -> dict[str, Any]:
+            metrics = writer.folder / METRICS_FILE
+            if metrics.is_file():
+                flush(metrics)
+            return {**describe(epoch), "metrics_bytes": metrics.stat().st_size if metrics.is_file() else 0}
+
+        origin = self.origin.folder if self.origin else None
+        self._checkpoints = Checkpoints(writer, updater, described, self.config.keep_last, origin)
+        if writer.enabled:
+            self._checkpoints.check_space(at_start=True)
+
+    def checkpoint(self, place: Place) -> None:
+        """Saves all that the run needs to go on from `place`."""
+        assert self._checkpoints is not None
+        self._checkpoints(place)
+        self.told("running", step=place.step, checkpoint=self._checkpoints.newest)
+
+    def ended(self, result: TrainResult) -> int:
+        """Writes how the run ended, and says how to go on with one that was stopped; returns the exit code."""
+        if not result.stopped:
+            self.told("done", step=result.steps, exit_code=0)
+            return 0
+        self.told("stopped", step=result.steps, exit_code=EXIT_STOPPED, signal=self.stop.told)
+        way = "; go on with the same command and --resume auto" if self.config.save_model else ""
+        print(f"\nstopped by {self.stop.told} behind step {result.steps}{way}", flush=True)
+        return EXIT_STOPPED
+
+    def told(self, state: str, **facts: Any) -> None:
+        """Writes status.json."""
+        if self._status is not None:
+            self._status.update(state, settings=compared_settings(self.config), **facts)
+
+
+def plugin_hashes(functions: Iterable[object]) -> dict[Path, str]:
+    """Returns the SHA-256 of each plug-in's file, as it was when it was run."""
+    plugins = [item for item in functions if isinstance(item, Plugin)]
+    return {item.path: sha256(item.source or b"").hexdigest() for item in plugins}
+
+
+def plugin_notices(functions: Iterable[object]) -> list[str]:
+    """Returns which programs of others a run runs, for its plan; those that come with llmrecipes are left out."""
+    own = shipped_folder("custom_datasets")
+    found = plugin_hashes(functions).items()
+    return [f"runs {path}, SHA-256 {digest}" for path, digest in found if path.parent != own]
+
+
+def describer(
+    config: RunConfig, loader: Loader, functions: Iterable[object], source: str, precision: Precision
+) -> Describe:
+    """Returns a function: epoch -> what a run that goes on must find again. Each part is found out once."""
+    hashes = plugin_hashes(functions)
+    known: dict[str, Any] = {}
+    orders: dict[int, str] = {}
+
+    def describe(epoch: int) -> dict[str, Any]:
+        if not known:
+            known["settings"] = compared_settings(config)
+            known["samples"] = samples_fingerprint(loader.samples)
+            known["base"] = base_fingerprint(source, config.model_revision)
+            known["plugins"] = {path.name: digest for path, digest in hashes.items()}
+            known["versions"] = {**versions(), "device": device_name(precision.device)}
+        if epoch not in orders:
+            orders.clear()
+            orders[epoch] = order_fingerprint(loader, epoch)
+        return {**known, "order": orders[epoch]}
+
+    return describe

@@ -1,0 +1,257 @@
+"""Going on with a run: which checkpoint from, whether it is the same run, and putting everything back.
+
+Resumed at any step, a run comes to the very bits that it would have come to undisturbed.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from llmrecipes.config.schema import RunConfig
+from llmrecipes.config.show import flat_config, plain
+from llmrecipes.errors import ConfigError, ModelError, first_line
+from llmrecipes.models.folders import local_path
+from llmrecipes.reports.trackers import METRICS_FILE, redacted
+from llmrecipes.run.checkpoints import TENSORS, TRAINER, WEIGHTS, checkpoints
+from llmrecipes.run.manifest import ManifestError, check_folder
+from llmrecipes.run.output import tidy
+from llmrecipes.run.status import read_status
+from llmrecipes.training.state import Place, Tensors, restore_state, trained_parameters
+from llmrecipes.training.updater import Updater
+
+FREE = (
+    "output_dir", "overwrite_output_dir", "resume", "resume_allow_changes", "save_model", "save_steps", "save_on",
+    "keep_last", "logging_steps", "save_metrics", "report_to", "use_wandb", "wandb_config.", "data_cache",
+    "num_workers_dataloader", "batch_size_training", "gradient_accumulation_steps", "fit", "activation_memory",
+    "val_batch_size", "trust_remote_code", "max_skipped_steps", "flop_counter", "use_profiler", "profiler_dir",
+    "one_gpu", "leak_probe",
+)  # fmt: skip
+"""Keys that may change: neither the samples of a step nor its update depend on them. How a step's samples are cut
+into batches is free as long as the step stays the same, which the order's fingerprint tells."""
+
+SAMPLES, SAMPLE_BYTES = 64, 1 << 12
+"""Stretches of a weight file that are looked at, first and last included: of a file of gigabytes, 260 KB."""
+
+BESIDE = "set-aside-"
+"""How the name begins of a checkpoint that is newer than the one the user went back to."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The checkpoint that a run goes on from."""
+
+    folder: Path
+    trainer: Mapping[str, Any]
+    told: tuple[str, ...]
+    """notices: what was skipped, and why"""
+
+    @property
+    def place(self) -> Place:
+        """Returns how far it is."""
+        return Place.of(self.trainer["place"])
+
+
+def find_origin(config: RunConfig, folder: Path) -> Origin | None:
+    """Returns the checkpoint to go on from, whole to the byte; None where the run begins at the beginning.
+
+    Raises `ConfigError` where there are checkpoints and none of them is whole.
+    """
+    if config.resume == "never":
+        return None
+    if config.resume != "auto":
+        return _named(config.resume, folder)
+    if not folder.is_dir():
+        return None
+    tidy(folder)
+    found, reasons = _newest(folder)
+    if found is None and reasons:
+        raise ConfigError(
+            f"--resume auto: none of the checkpoints in {folder} is whole ({'; '.join(reasons)}); nothing was removed: "
+            "give another folder with --resume PATH, or begin anew with --overwrite_output_dir --resume never"
+        )
+    if found is None and _holds_result(folder) and not config.overwrite_output_dir:
+        raise ConfigError(
+            f"--resume auto: {folder} holds a result and no checkpoint to go on from (--save_steps writes them); "
+            "name another folder, or begin anew with --overwrite_output_dir --resume never"
+        )
+    return Origin(found, read_trainer(found), tuple(f"skipped {reason}" for reason in reasons)) if found else None
+
+
+def finished_text(config: RunConfig, folder: Path) -> str | None:
+    """Returns that the run in a folder is done, where it is and the settings are still its own; else None."""
+    status = read_status(folder) if config.resume == "auto" else {}
+    if status.get("state") != "done" or status.get("settings") != compared_settings(config):
+        return None
+    return f"the run in {folder} is done ({status.get('step')} steps); nothing to go on with"
+
+
+def read_trainer(folder: Path) -> dict[str, Any]:
+    """Returns a whole checkpoint's trainer.json."""
+    try:
+        trainer = json.loads((folder / TRAINER).read_text(encoding="utf-8"))
+        Place.of(trainer["place"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(f"--resume {folder}: its {TRAINER} cannot be read ({first_line(error)})") from None
+    return dict(trainer)
+
+
+def compared_settings(config: RunConfig) -> dict[str, str]:
+    """Returns the settings that must not change in a run, as they are written in YAML, secrets hidden."""
+    flat = redacted(flat_config(config))
+    return {key: _compared(value) for key, value in flat.items() if not _is_free(key)}
+
+
+def check_same_run(config: RunConfig, origin: Origin, description: Mapping[str, Any]) -> list[str]:
+    """Raises `ConfigError` with every difference between a run and its checkpoint, unless they are allowed.
+
+    Returns notices: the differences that are.
+    """
+    changes = changed(origin.trainer, description)
+    if changes and not config.resume_allow_changes:
+        raise ConfigError(
+            f"--resume {origin.folder}: this is another run: {'; '.join(changes)}; set them back, or go on with them "
+            "with --resume_allow_changes"
+        )
+    told = [f"changed since the checkpoint: {'; '.join(changes)}"] if changes else []
+    was, now = origin.trainer.get("versions", {}), description["versions"]
+    others = [f"{name} {was.get(name)} -> {now.get(name)}" for name in now if was.get(name) != now.get(name)]
+    return told + ([f"other versions than at the checkpoint: {', '.join(others)}"] if others else [])
+
+
+def changed(trainer: Mapping[str, Any], description: Mapping[str, Any]) -> list[str]:
+    """Returns what differs between a checkpoint and a run, each in words."""
+    was, now = trainer.get("settings", {}), description["settings"]
+    found = [
+        f"{key} {was.get(key, 'unset')} -> {now.get(key, 'unset')}"
+        for key in sorted({*was, *now})
+        if was.get(key) != now.get(key)
+    ]
+    texts = {
+        "samples": "other training data (the file, the preprocessor or the tokenizer changed)",
+        "base": "other weights of the base model",
+        "order": "other samples in a step (--batch_size_training times --gradient_accumulation_steps changed)",
+    }
+    differ = [name for name in texts if trainer.get(name) != description[name]]
+    if "samples" in differ or any(text.startswith(("seed ", "batching_", "context_")) for text in found):
+        differ = [name for name in differ if name != "order"]
+    found += [texts[name] for name in differ]
+    for path, sha in description["plugins"].items():
+        before = trainer.get("plugins", {}).get(path)
+        found += [f"the plug-in {path} was edited"] if before not in (None, sha) else []
+    return found
+
+
+def restore(model: Any, updater: Updater, origin: Origin) -> None:
+    """Puts weights, optimizer and random generators back; raises `ModelError` where they do not fit this run."""
+    try:
+        tensors = _tensors(origin.folder / TENSORS)
+        weights = {name.removeprefix(WEIGHTS): value for name, value in tensors.items() if name.startswith(WEIGHTS)}
+        parameters = trained_parameters(model)
+        for name in parameters.keys() - weights.keys():
+            weights[name] = _weight(origin.folder, name)
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                if weights[name].shape != parameter.shape:
+                    raise ValueError(f"{name} has the shape {list(weights[name].shape)}, not {list(parameter.shape)}")
+                parameter.copy_(weights[name])
+        restore_state(model, updater, tensors, origin.trainer["state"])
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise ModelError(
+            f"--resume {origin.folder}: what it holds does not fit this run ({first_line(error)})"
+        ) from None
+
+
+def rewind_metrics(folder: Path, origin: Origin) -> None:
+    """Cuts metrics.jsonl back to the checkpoint, so that no step stands in it twice; newer checkpoints step aside."""
+    path, size = folder / METRICS_FILE, int(origin.trainer.get("metrics_bytes", 0))
+    if path.is_file() and path.stat().st_size > size:
+        os.truncate(path, size)
+    for item in checkpoints(folder):
+        if item.name > f"step-{origin.place.step:06d}":
+            aside = folder / f"{BESIDE}{item.name}"
+            if not aside.exists():
+                item.rename(aside)
+
+
+def base_fingerprint(source: str, revision: str | None) -> str:
+    """Returns a hash of a local model folder (its config, and of its weights sizes, headers and samples); of a hub id
+    the id itself."""
+    folder = Path(source)
+    if not folder.is_dir():
+        return f"{source}@{revision or 'main'}"
+    hashed = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        hashed.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for sample in range(SAMPLES + 1):
+                file.seek(max(0, size - SAMPLE_BYTES) * sample // SAMPLES)
+                hashed.update(file.read(SAMPLE_BYTES))
+    return hashed.hexdigest()
+
+
+def _named(path: str, folder: Path) -> Origin:
+    """Returns the checkpoint that a path names, or the newest in it."""
+    named = local_path(path)
+    if not named.is_dir():
+        raise ConfigError(f"--resume {path}: no such folder; expected auto, never, or a checkpoint such as step-000100")
+    if named.resolve() == folder.resolve() or (named.parent.resolve() == folder.resolve()):
+        tidy(folder)
+    if not (named / TRAINER).is_file() and checkpoints(named):
+        found, reasons = _newest(named)
+        if found is None:
+            raise ConfigError(f"--resume {path}: none of its checkpoints is whole ({'; '.join(reasons)})")
+        return Origin(found, read_trainer(found), tuple(f"skipped {reason}" for reason in reasons))
+    try:
+        check_folder(named)
+    except ManifestError as error:
+        raise ConfigError(f"--resume {path}: {error}; --resume auto takes the newest whole one") from None
+    return Origin(named, read_trainer(named), ())
+
+
+def _newest(folder: Path) -> tuple[Path | None, list[str]]:
+    """Returns the newest checkpoint that is whole, and why each newer one is not."""
+    reasons: list[str] = []
+    for item in checkpoints(folder):
+        try:
+            if check_folder(item).get("kind") == "checkpoint":
+                return item, reasons
+            reasons.append(f"{item.name}: no checkpoint")
+        except ManifestError as error:
+            reasons.append(f"{item.name}: {error}")
+    return None, reasons
+
+
+def _holds_result(folder: Path) -> bool:
+    """Returns whether a run saved weights here and came to its end, or nobody knows whether it did."""
+    return any(folder.glob("*.safetensors")) and read_status(folder).get("state") != "running"
+
+
+def _is_free(key: str) -> bool:
+    return any(key == free or (free.endswith(".") and key.startswith(free)) for free in FREE)
+
+
+def _compared(value: object) -> str:
+    """Returns a setting as it is compared: of a path its last name, since its content has a fingerprint."""
+    return Path(value).name if isinstance(value, str) and "/" in value else plain(value)
+
+
+def _tensors(path: Path) -> Tensors:
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def _weight(folder: Path, name: str) -> torch.Tensor:
+    """Returns a trained weight from the model that a checkpoint holds."""
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            if name in file.keys():  # noqa: SIM118
+                return file.get_tensor(name)
+    raise KeyError(f"no weights of {name}")

@@ -1,0 +1,366 @@
+"""Laws of going on: a run that is killed anywhere and resumed comes to the very bits of one that was not."""
+
+import json
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from faults import COMMON, RUNS, assert_equal, at_write, count_writes, curve, forked, killed, weights
+
+from llmrecipes.command import guarded
+from llmrecipes.config.loading import leaves_of
+from llmrecipes.config.schema import RunConfig
+from llmrecipes.errors import ConfigError
+from llmrecipes.run.checkpoints import checkpoints
+from llmrecipes.run.manifest import check_folder, seal
+from llmrecipes.run.resuming import FREE
+
+Command = Callable[..., int]
+Records = Callable[..., list[dict[str, Any]]]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_killed_at_some_writes_and_resumed_a_run_is_equal_to_the_bit(
+    name: str, finetune: Command, undisturbed: Callable[[str], Path], tmp_path: Path
+) -> None:
+    flags = {**COMMON, **RUNS[name]}
+    expected = undisturbed(name)
+    writes = count_writes(finetune, tmp_path / "count" / "out", flags) if (tmp_path / "count").mkdir() is None else 0
+    points = [round(writes * share) for share in (0.15, 0.35, 0.5, 0.65, 0.8, 0.95)]
+    for point in points:
+        folder = tmp_path / str(point)
+
+        def run(point: int = point, folder: Path = folder) -> int:
+            at_write(point, folder, killed)
+            return finetune(folder, **flags)
+
+        assert forked(run) == -signal.SIGKILL
+        assert forked(lambda folder=folder: finetune(folder, **flags)) == 0
+        assert_equal(folder, expected)
+
+
+# --- where a run ends and goes on -------------------------------------------------------------------------------------
+
+DROPOUT = {**COMMON, "lora_config.lora_dropout": 0.2}
+
+SIGNALS = """
+import os, random, signal
+def at(step, kind="SIGTERM"):
+    def tracker(record):
+        if record["kind"] == "step" and record["step"] == step:
+            os.kill(os.getpid(), getattr(signal, kind))
+    return tracker
+at_4, at_9, usr1_at_4, usr2_at_3 = at(4), at(9), at(4, "SIGUSR1"), at(3, "SIGUSR2")
+def in_evaluation(record):
+    if record["kind"] == "step" and record["step"] == 6:
+        signal.setitimer(signal.ITIMER_REAL, 0.001)
+        signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+def drawing(record):
+    random.random() if record["kind"] == "start" else None
+"""
+
+
+@pytest.fixture
+def trackers(tmp_path: Path) -> str:
+    """A file of trackers that send signals to their own process."""
+    path = tmp_path / "trackers.py"
+    path.write_text(SIGNALS)
+    return str(path)
+
+
+def status(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "status.json").read_text())
+
+
+@pytest.mark.parametrize("function", ["at_4", "usr1_at_4", "in_evaluation"])
+def test_stopped_by_a_signal_and_resumed_it_is_equal_to_the_bit(
+    function: str, finetune: Command, undisturbed: Callable[[str], Path], trackers: str, tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    flags = {**DROPOUT, "save_steps": 0}
+    step = 6 if function == "in_evaluation" else 4
+    assert forked(lambda: finetune(tmp_path / "out", report_to=f"{trackers}:{function}", **flags)) == 143
+    assert "go on with the same command and --resume auto" in capfd.readouterr().out
+    told = status(tmp_path / "out")
+    assert (told["state"], told["step"], told["checkpoint"]) == ("stopped", step, f"step-{step:06d}")
+    assert check_folder(tmp_path / "out" / f"step-{step:06d}")["step"] == step
+    assert forked(lambda: finetune(tmp_path / "out", **flags)) == 0
+    assert status(tmp_path / "out")["state"] == "done"
+    shutil.rmtree(tmp_path / "out" / "last", ignore_errors=True)  # what the signal saved for who looks at it now
+    found, expected = tmp_path / "out", undisturbed("lora with dropout")
+    assert curve(found) == curve(expected)
+    assert weights(found)["adapter_model.safetensors"] == weights(expected)["adapter_model.safetensors"]
+
+
+def test_a_run_that_is_done_is_left_alone(
+    finetune: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert finetune(tmp_path / "out", **DROPOUT) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert finetune(tmp_path / "out", **DROPOUT) == 0
+    assert capsys.readouterr().out == f"the run in {tmp_path / 'out'} is done (9 steps); nothing to go on with\n"
+    assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+
+
+def test_a_run_goes_on_in_another_folder_from_a_checkpoint_that_is_named(
+    finetune: Command, undisturbed: Callable[[str], Path], tmp_path: Path
+) -> None:
+    expected = undisturbed("lora with dropout")
+    (checkpoint,) = [path for path in checkpoints(expected) if path.name == "step-000006"]
+    for name, place in (("step", checkpoint), ("folder", expected)):
+        flags = {**DROPOUT, "resume": place}
+        assert forked(lambda name=name, flags=flags: finetune(tmp_path / name, **flags)) == 0
+    steps = [line for line in curve(expected) if line[0] == "step"]
+    assert [line for line in curve(tmp_path / "step") if line[0] == "step"] == steps[6:]
+    assert [line for line in curve(tmp_path / "folder") if line[0] == "step"] == steps[8:]
+
+
+def test_going_back_sets_newer_checkpoints_aside(
+    finetune: Command, undisturbed: Callable[[str], Path], tmp_path: Path
+) -> None:
+    shutil.copytree(undisturbed("lora with dropout"), tmp_path / "out")
+    flags = {**DROPOUT, "resume": tmp_path / "out" / "step-000006"}
+    assert forked(lambda: finetune(tmp_path / "out", **flags)) == 0
+    assert (tmp_path / "out" / "set-aside-step-000008").is_dir()
+    assert curve(tmp_path / "out") == curve(undisturbed("lora with dropout"))
+
+
+def test_checkpoints_are_pruned_but_not_the_one_gone_on_from(finetune: Command, tmp_path: Path) -> None:
+    flags = {**DROPOUT, "save_steps": 1, "run_validation": False, "lr_scheduler": "constant"}
+    names = lambda: [path.name for path in checkpoints(tmp_path / "out")]  # noqa: E731
+    assert finetune(tmp_path / "out", max_train_step=5, **flags) == 0
+    assert names() == ["step-000005", "step-000004"]
+    flags |= {
+        "resume": tmp_path / "out" / "step-000004",
+        "resume_allow_changes": True,
+        "keep_last": 1,
+        "warmup_steps": 0,
+    }
+    assert finetune(tmp_path / "out", max_train_step=9, **flags) == 0
+    assert names() == ["step-000009", "step-000004"]
+    assert finetune(tmp_path / "all", max_train_step=5, **{**flags, "resume": "auto", "keep_last": 0}) == 0
+    assert len(checkpoints(tmp_path / "all")) == 5
+
+
+@pytest.mark.parametrize("on", ["save-now", "signal"])
+def test_a_checkpoint_on_demand(on: str, finetune: Command, trackers: str, tmp_path: Path) -> None:
+    flags = {**DROPOUT, "save_steps": 0, "save_on": on}
+    if on == "signal":
+        flags["report_to"] = f"{trackers}:usr2_at_3"
+    else:
+        (tmp_path / "touch.py").write_text(
+            "from pathlib import Path\n"
+            "def touch(record):\n"
+            "    if record.get('step') == 3 and record['kind'] == 'step':\n"
+            f"        Path({str(tmp_path / 'out' / on)!r}).touch()\n"
+        )
+        flags["report_to"] = f"{tmp_path / 'touch.py'}:touch"
+    assert finetune(tmp_path / "out", **flags) == 0
+    assert [path.name for path in checkpoints(tmp_path / "out")] == ["step-000003"]
+    assert not (tmp_path / "out" / "save-now").exists()
+
+
+def test_what_a_tracker_draws_at_its_start_changes_nothing(
+    finetune: Command, undisturbed: Callable[[str], Path], trackers: str, tmp_path: Path
+) -> None:
+    (tmp_path / "draw.py").write_text("import torch\ndef draw(record):\n    torch.rand(1)\n")
+    flags = {**DROPOUT, "report_to": f"{tmp_path / 'draw.py'}:draw"}
+    assert forked(lambda: finetune(tmp_path / "whole", **flags)) == 0
+    assert (
+        forked(lambda: finetune(tmp_path / "out", **{**flags, "report_to": f"{trackers}:at_4,{flags['report_to']}"}))
+        == 143
+    )
+    assert forked(lambda: finetune(tmp_path / "out", **flags)) == 0
+    assert curve(tmp_path / "out") == curve(tmp_path / "whole") != curve(undisturbed("lora with dropout"))
+
+
+# --- another run ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stopped(finetune: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was stopped behind its fourth step."""
+    folder = tmp_path_factory.mktemp("stopped")
+    (folder / "trackers.py").write_text(SIGNALS)
+    flags = {**DROPOUT, "report_to": f"{folder / 'trackers.py'}:at_4"}
+    assert forked(lambda: finetune(folder / "out", **flags)) == 143
+    return folder / "out"
+
+
+OTHER: dict[str, tuple[dict[str, Any], str]] = {
+    "lr": ({"lr": 0.02}, "lr 0.01 -> 0.02"),
+    "two": ({"lr": 0.02, "warmup_steps": 3}, "lr 0.01 -> 0.02; warmup_steps 2 -> 3"),
+    "epochs": ({"num_epochs": 4}, "num_epochs 3 -> 4"),
+    "seed": ({"seed": 1}, "seed 42 -> 1"),
+    "rank": ({"lora_config.r": 4}, "lora_config.r 8 -> 4"),
+    "batch": ({"batch_size_training": 2}, "other samples in a step (--batch_size_training times"),
+    "data": ({"custom_dataset.train_split": "wrong"}, "other training data"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_changes_are_listed_and_refused(
+    name: str, finetune: Command, stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags, message = OTHER[name]
+    shutil.copytree(stopped, tmp_path / "out")
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert guarded(lambda: finetune(tmp_path / "out", **{**DROPOUT, **flags})) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: --resume {tmp_path / 'out' / 'step-000004'}: this is another run: ")
+    assert message in line and line.endswith("with --resume_allow_changes")
+    assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+
+
+def test_changes_are_gone_on_with_where_that_is_said(
+    finetune: Command, stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], records: Records
+) -> None:
+    shutil.copytree(stopped, tmp_path / "out")
+    flags = {**DROPOUT, "lr": 0.02, "num_epochs": 4, "resume_allow_changes": True}
+    assert finetune(tmp_path / "out", **flags) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "changed since the checkpoint: lr 0.01 -> 0.02; num_epochs 3 -> 4" in shown
+    assert [record["step"] for record in records(tmp_path / "out")] == list(range(1, 13))
+
+
+def test_what_may_change_are_keys_of_a_run() -> None:
+    keys = [leaf.key for leaf in leaves_of(RunConfig)]
+    for free in FREE:
+        assert any(key == free or (free.endswith(".") and key.startswith(free)) for key in keys), free
+
+
+def test_an_adapter_of_another_shape_does_not_fit(
+    finetune: Command, stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(stopped, tmp_path / "out")
+    flags = {**DROPOUT, "resume_allow_changes": True, "lora_config.r": 4}
+    assert guarded(lambda: finetune(tmp_path / "out", **flags)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "what it holds does not fit this run (ValueError: " in line and "has the shape" in line
+
+
+def test_another_cut_of_the_same_step_is_the_same_run(finetune: Command, stopped: Path, tmp_path: Path) -> None:
+    shutil.copytree(stopped, tmp_path / "out")
+    flags = {**DROPOUT, "batch_size_training": 2, "gradient_accumulation_steps": 2}
+    assert finetune(tmp_path / "out", **flags) == 0
+
+
+def test_an_edited_plugin_is_told(finetune: Command, sums_file: str, trackers: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(Path(sums_file.rsplit(":", 1)[0]).read_text())
+    flags = {**DROPOUT, "custom_dataset.file": f"{path}:sums"}
+    assert forked(lambda: finetune(tmp_path / "out", report_to=f"{trackers}:at_4", **flags)) == 143
+    path.write_text(path.read_text() + "# a remark\n")
+
+    def refused() -> int:
+        with pytest.raises(ConfigError, match="the plug-in mine.py was edited"):
+            finetune(tmp_path / "out", **flags)
+        return 0
+
+    assert forked(refused) == 0
+
+
+# --- checkpoints that are not whole -----------------------------------------------------------------------------------
+
+
+def flipped(folder: Path) -> None:
+    path = folder / "trainer.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1
+    path.write_bytes(content)
+
+
+def cut(folder: Path) -> None:
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "flipped": (flipped, "trainer.safetensors is not what was written (its SHA-256 differs)"),
+    "cut": (cut, "were written"),
+    "empty": (
+        lambda folder: [path.unlink() for path in folder.iterdir()],
+        "no manifest.json, so it was never finished",
+    ),
+    "no manifest": (lambda folder: (folder / "manifest.json").unlink(), "no manifest.json"),
+    "no file": (lambda folder: (folder / "trainer.json").unlink(), "trainer.json is missing"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_checkpoint_is_skipped_with_the_reason(
+    name: str, finetune: Command, undisturbed: Callable[[str], Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    spoil, reason = BROKEN[name]
+    shutil.copytree(undisturbed("lora with dropout"), tmp_path / "out")
+    (tmp_path / "out" / "status.json").unlink()
+    (tmp_path / "out" / ".tmp-step-000009").mkdir()
+    (tmp_path / "out" / "slurm-1.out").write_text("foreign")
+    spoil(tmp_path / "out" / "step-000008")
+    assert forked(lambda: finetune(tmp_path / "out", **DROPOUT)) == 0
+    shown = " ".join(capfd.readouterr().out.split())
+    assert "goes on from" in shown and "step-000006, behind step 6" in shown
+    assert "skipped step-000008: " in shown and reason in shown
+    assert_equal(tmp_path / "out", undisturbed("lora with dropout"))
+    assert (tmp_path / "out" / "slurm-1.out").read_text() == "foreign"
+
+
+def test_where_no_checkpoint_is_whole_nothing_is_touched(
+    finetune: Command, stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(stopped, tmp_path / "out")
+    for folder in checkpoints(tmp_path / "out"):
+        flipped(folder)
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert guarded(lambda: finetune(tmp_path / "out", **DROPOUT)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "none of the checkpoints" in line and "step-000004: " in line and "step-000002: " in line
+    assert guarded(lambda: finetune(tmp_path / "new", **{**DROPOUT, "resume": tmp_path / "out" / "step-000004"})) == 2
+    assert "its SHA-256 differs" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+
+
+def test_a_hostile_checkpoint_runs_nothing(
+    finetune: Command, stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    contents = {
+        "deep": ("trainer.json", b"[" * 100_000),
+        "kinds": ("trainer.json", json.dumps({"place": {"__class__": "x"}}).encode()),
+        "header": ("trainer.safetensors", (10 << 30).to_bytes(8, "little") + b"{}"),
+    }
+    for name, (file, content) in contents.items():
+        shutil.copytree(stopped, tmp_path / name)
+        for folder in checkpoints(tmp_path / name):
+            (folder / file).write_bytes(content)
+            (folder / "evil.pkl").write_bytes(b"cos\nsystem\n(S'touch /tmp/evil'\ntR.")
+            (folder / "manifest.json").unlink()
+            seal(folder, {"kind": "checkpoint"})
+        assert guarded(lambda name=name: finetune(tmp_path / name, **DROPOUT)) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: --resume {tmp_path / name}") and len(line) < 500
+
+
+def test_a_resume_that_names_nothing(
+    finetune: Command, stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert guarded(lambda: finetune(tmp_path / "out", **{**DROPOUT, "resume": "/nowhere"})) == 2
+    assert "--resume /nowhere: no such folder; expected auto, never, or a checkpoint" in capsys.readouterr().err
+    assert guarded(lambda: finetune(stopped, **{**DROPOUT, "resume": "never"})) == 2
+    assert "go on with it (fine-tuning: --resume auto)" in capsys.readouterr().err
+
+
+def test_auto_begins_at_the_beginning_where_nothing_is(finetune: Command, tmp_path: Path, records: Records) -> None:
+    flags = {**DROPOUT, "save_steps": 0, "run_validation": False}
+
+    def early() -> int:
+        at_write(8, tmp_path / "out", killed)
+        return finetune(tmp_path / "out", **flags)
+
+    assert forked(early) == -signal.SIGKILL
+    assert (tmp_path / "out").is_dir()
+    assert forked(lambda: finetune(tmp_path / "out", **flags)) == 0
+    assert [record["step"] for record in records(tmp_path / "out")] == list(range(1, 10))
