@@ -1,6 +1,7 @@
 """Tiny real objects that the tests share: a byte-level tokenizer, a Llama of some 30,000 weights, folders of both."""
 
 import os
+import signal
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,9 @@ os.environ["LLMRECIPES_CACHE"] = cache.name
 # Read when a kernel is defined, by the imports below; tests/kernels/conftest.py switches it on test by test.
 os.environ.setdefault("TRITON_INTERPRET", "1" if not Path("/dev/nvidia0").exists() else "0")
 prepare_environment()
+
+# A shell that starts the tests behind its back (`pytest &`, nohup) has them ignore Ctrl-C, and all their children.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import numpy as np
 import pytest
