@@ -92,14 +92,19 @@ def device_name(device: torch.device) -> str:
     return f"CPU, {torch.get_num_threads()} threads"
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Returns whether an error means that the memory does not suffice: PyTorch's, or a library's own allocation."""
+    marks = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "out of memory")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(mark in str(error) for mark in marks)
+
+
 @contextmanager
 def out_of_memory_told(subject: str, remedy: str) -> Iterator[None]:
     """Turns the end of the memory, the GPU's or the machine's, into a `HardwareError` with what to try."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        gone = isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
-        if not gone:
+        if not is_out_of_memory(error):
             raise
         text = str(error).strip().splitlines() or ["out of memory"]
         raise HardwareError(f"{subject}: the memory does not suffice ({text[0][:200]}); try {remedy}") from None

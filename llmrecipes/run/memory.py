@@ -20,6 +20,7 @@ from llmrecipes.errors import ConfigError, HardwareError
 from llmrecipes.kernels.decoder import Keep
 from llmrecipes.kernels.footprint import keeps_within
 from llmrecipes.kernels.layers import FusedLayer
+from llmrecipes.precision import is_out_of_memory
 from llmrecipes.reports.format import gib
 from llmrecipes.run.speed import Fused
 from llmrecipes.training.optimizers import state_bytes
@@ -219,7 +220,9 @@ def rehearse(model: Any, batch: Batch, updater: Updater) -> int | None:
         try:
             updater.backward(updater.loss(model, batch.to(device), updater.precision) / max(1, batch.supervised_tokens))
             torch.cuda.synchronize(device)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             return None
         finally:
             updater.forget()

@@ -16,7 +16,7 @@ import torch
 
 from llmrecipes.batch import Batch, Window, halved
 from llmrecipes.errors import DataError, TrainingError
-from llmrecipes.precision import Precision
+from llmrecipes.precision import Precision, is_out_of_memory
 from llmrecipes.training.lanes import in_lanes
 from llmrecipes.training.loss import loss_sum
 from llmrecipes.training.schedules import Progress
@@ -250,10 +250,10 @@ def train_step(model: Any, window: Window, updater: Updater, progress: Progress,
         try:
             total = _add_gradients(model, window, updater, lanes)
             break
-        except torch.OutOfMemoryError:
-            updater.forget()
-            if all(len(batch.input_ids) == 1 for batch in window):
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or all(len(batch.input_ids) == 1 for batch in window):
                 raise
+            updater.forget()
         gc.collect()
         torch.cuda.empty_cache()  # nothing where there is no GPU
         updater.halvings += 1
@@ -324,8 +324,8 @@ def _loss_in_pieces(model: Any, batch: Batch, precision: Precision, loss: LossSu
     """Returns the summed loss of a batch, computed in halves, and their halves, where the memory does not suffice."""
     try:
         return loss(model, batch.to(precision.device), precision)
-    except torch.OutOfMemoryError:
-        if len(batch.input_ids) == 1:
+    except RuntimeError as error:
+        if not is_out_of_memory(error) or len(batch.input_ids) == 1:
             raise
     gc.collect()
     halves = (_loss_in_pieces(model, half, precision, loss) for half in _halved([batch]))
