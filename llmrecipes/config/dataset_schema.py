@@ -91,6 +91,9 @@ class DatasetOptions:
     guanaco_dataset: GuanacoDataset = section(GuanacoDataset, "")
     chat_dataset: ChatDataset = section(ChatDataset, "")
     custom_dataset: CustomDataset = section(CustomDataset, "")
+    allow_outside_plugins: bool = option(
+        False, "ours: a config file may name plug-ins that are neither below its folder nor below the current one"
+    )
 
 
 @dataclass(frozen=True)

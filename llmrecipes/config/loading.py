@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from llmrecipes.config import rules
 from llmrecipes.config.files import Given, read_config_file
 from llmrecipes.config.options import REQUIRED, Limits, limits_of, listed
+from llmrecipes.config.places import outside_plugins
 from llmrecipes.errors import ConfigError, did_you_mean
 
 T = TypeVar("T")
@@ -82,9 +83,17 @@ def load_config(schema: type[T], flags: Mapping[str, object]) -> Loaded[T]:
         config = typing.cast(T, OmegaConf.to_object(tree))
         problems = rules.problems(config, {key for key, origin in origins.items() if origin != "default"})
         notices += rules.notices(config, origins)
+        if path is not None and not _allows_outside(config, origins):
+            problems += outside_plugins(config, origins, Path(str(path)).expanduser())
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
     return Loaded(config, origins, tuple(notices))
+
+
+def _allows_outside(config: object, origins: Mapping[str, str]) -> bool:
+    """Returns whether the user, and not the file itself, lets a config file name plug-ins anywhere."""
+    typed = origins.get("allow_outside_plugins", "").startswith("--")
+    return typed and bool(getattr(config, "allow_outside_plugins", False))
 
 
 def leaves_of(schema: type, prefix: str = "") -> list[Leaf]:

@@ -588,7 +588,10 @@ def test_run_yaml_reproduces_the_run_from_another_folder(
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     for name in ("first", "second"):
-        assert run_command("finetuning", {"config": str(here / name / "run.yaml"), "output_dir": f"{name}-again"}) == 0
+        again_flags = {"config": str(here / name / "run.yaml"), "output_dir": f"{name}-again"}
+        with pytest.raises(ConfigError, match="lies neither below"):
+            run_command("finetuning", again_flags)
+        assert run_command("finetuning", {**again_flags, "allow_outside_plugins": "true"}) == 0
         assert losses(Path(f"{name}-again")) == losses(here / name)
         again, before = (
             load_file(folder / "adapter_model.safetensors") for folder in (Path(f"{name}-again"), here / name)
