@@ -48,6 +48,7 @@ from llmrecipes.run.preparing import (
     set_deterministic,
     set_seeds,
 )
+from llmrecipes.run.resuming import goes_on_within
 from llmrecipes.run.speed import Fused, apply_attention, calibrated, fuse_layers
 from llmrecipes.run.stopping import EXIT_STOPPED, SaveRequest, StoppedEarlyError
 from llmrecipes.training.loop import Hooks, TrainPlan, TrainResult, train
@@ -106,7 +107,7 @@ def stations(loaded: Loaded[RunConfig], config_path: str | None, keeper: Keeper)
     check_checkpoint(config)
     source = resolve_model(config)
     inputs = (config.model_name, config.tokenizer_name, config.from_peft_checkpoint)
-    folder = check_output_dir(config.output_dir, config.overwrite_output_dir, inputs, config.resume != "never")
+    folder = check_output_dir(config.output_dir, config.overwrite_output_dir, inputs, goes_on_within(config))
     if done := keeper.open(folder):
         print(done)
         return 0

@@ -22,7 +22,7 @@ from llmrecipes.precision import Precision, device_name
 from llmrecipes.reports.trackers import METRICS_FILE
 from llmrecipes.run.checkpoints import Checkpoints, versions
 from llmrecipes.run.manifest import flush
-from llmrecipes.run.output import ResultWriter, claim_output_dir, disk_told, is_whole, write_file
+from llmrecipes.run.output import ResultWriter, claim_output_dir, disk_told, is_whole, remove_folder, write_file
 from llmrecipes.run.resuming import (
     Origin,
     base_fingerprint,
@@ -30,6 +30,7 @@ from llmrecipes.run.resuming import (
     compared_settings,
     find_origin,
     finished_text,
+    named_inputs,
     restore,
     rewind_metrics,
 )
@@ -145,6 +146,9 @@ class Keeper:
     def ended(self, result: TrainResult) -> int:
         """Writes how the run ended, and says how to go on with one that was stopped; returns the exit code."""
         if not result.stopped:
+            last = self._checkpoints.writer.folder / "last" if self._checkpoints else None
+            if last is not None and last.is_dir() and result.best_step == result.steps:
+                remove_folder(last)  # of when the run was stopped
             self.told("done", step=result.steps, exit_code=0)
             return 0
         self.told("stopped", step=result.steps, exit_code=EXIT_STOPPED, signal=self.stop.told)
@@ -155,7 +159,8 @@ class Keeper:
     def told(self, state: str, **facts: Any) -> None:
         """Writes status.json."""
         if self._status is not None:
-            self._status.update(state, settings=compared_settings(self.config), **facts)
+            inputs = named_inputs(self.config)
+            self._status.update(state, settings=compared_settings(self.config), inputs=inputs, **facts)
 
 
 def plugin_hashes(functions: Iterable[object]) -> dict[Path, str]:

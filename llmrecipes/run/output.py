@@ -55,7 +55,7 @@ def check_output_dir(path: str, overwrite: bool, inputs: Sequence[str | None] = 
         source = local_path(name).resolve()
         if source.exists() and (source == resolved or resolved in source.parents):
             raise ConfigError(f"--output_dir {path}: this run reads {name} in it; name another folder")
-    if not (goes_on and _held(folder, MARKS)):
+    if not (goes_on and (_held(folder, MARKS) or any(folder.glob("step-*/manifest.json")))):
         _check_contents(folder, path, overwrite)
     _check_writable(folder, f"--output_dir {path}")
     return folder

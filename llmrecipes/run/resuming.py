@@ -4,6 +4,7 @@ Resumed at any step, a run comes to the very bits that it would have come to und
 """
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ from llmrecipes.errors import ConfigError, ModelError, first_line
 from llmrecipes.models.folders import local_path
 from llmrecipes.reports.trackers import METRICS_FILE, redacted
 from llmrecipes.run.checkpoints import TENSORS, TRAINER, WEIGHTS, checkpoints
-from llmrecipes.run.manifest import ManifestError, check_folder
+from llmrecipes.run.manifest import ManifestError, check_folder, flush
 from llmrecipes.run.output import tidy
 from llmrecipes.run.status import read_status
 from llmrecipes.training.state import Place, Tensors, restore_state, trained_parameters
@@ -58,6 +59,14 @@ class Origin:
         return Place.of(self.trainer["place"])
 
 
+def goes_on_within(config: RunConfig) -> bool:
+    """Returns whether the run goes on with the one in its output folder, and so replaces nothing there."""
+    if config.resume in ("auto", "never"):
+        return config.resume == "auto"
+    named, folder = local_path(config.resume).resolve(), local_path(config.output_dir).resolve()
+    return folder in (named, named.parent)
+
+
 def find_origin(config: RunConfig, folder: Path) -> Origin | None:
     """Returns the checkpoint to go on from, whole to the byte; None where the run begins at the beginning.
 
@@ -86,8 +95,10 @@ def find_origin(config: RunConfig, folder: Path) -> Origin | None:
 
 def finished_text(config: RunConfig, folder: Path) -> str | None:
     """Returns that the run in a folder is done, where it is and the settings are still its own; else None."""
-    status = read_status(folder) if config.resume == "auto" else {}
-    if status.get("state") != "done" or status.get("settings") != compared_settings(config):
+    asked = config.resume == "auto" and not config.overwrite_output_dir
+    status = read_status(folder) if asked else {}
+    same = (compared_settings(config), named_inputs(config))
+    if status.get("state") != "done" or (status.get("settings"), status.get("inputs")) != same:
         return None
     return f"the run in {folder} is done ({status.get('step')} steps); nothing to go on with"
 
@@ -106,6 +117,13 @@ def compared_settings(config: RunConfig) -> dict[str, str]:
     """Returns the settings that must not change in a run, as they are written in YAML, secrets hidden."""
     flat = redacted(flat_config(config))
     return {key: _compared(value) for key, value in flat.items() if not _is_free(key)}
+
+
+def named_inputs(config: RunConfig) -> dict[str, str]:
+    """Returns the files and folders that the settings name, each with its whole path."""
+    flat = redacted(flat_config(config))
+    paths = {key: local_path(value) for key, value in flat.items() if isinstance(value, str) and not _is_free(key)}
+    return {key: str(path.resolve()) for key, path in paths.items() if flat[key] and path.exists()}
 
 
 def check_same_run(config: RunConfig, origin: Origin, description: Mapping[str, Any]) -> list[str]:
@@ -169,15 +187,23 @@ def restore(model: Any, updater: Updater, origin: Origin) -> None:
 
 
 def rewind_metrics(folder: Path, origin: Origin) -> None:
-    """Cuts metrics.jsonl back to the checkpoint, so that no step stands in it twice; newer checkpoints step aside."""
+    """Cuts metrics.jsonl back to the checkpoint, so that no step stands in it twice; newer checkpoints step aside.
+
+    They go first: a kill in between must not leave one whose steps the metrics no longer have.
+    """
+    for item in checkpoints(folder):
+        if int(item.name.split("-")[1]) > origin.place.step:
+            item.rename(_free(folder / f"{BESIDE}{item.name}"))
+    flush(folder)
     path, size = folder / METRICS_FILE, int(origin.trainer.get("metrics_bytes", 0))
     if path.is_file() and path.stat().st_size > size:
         os.truncate(path, size)
-    for item in checkpoints(folder):
-        if item.name > f"step-{origin.place.step:06d}":
-            aside = folder / f"{BESIDE}{item.name}"
-            if not aside.exists():
-                item.rename(aside)
+
+
+def _free(path: Path) -> Path:
+    """Returns the path, or with a number behind it where something has that name."""
+    numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+    return next(name for name in itertools.chain([path], numbered) if not name.exists())
 
 
 def base_fingerprint(source: str, revision: str | None) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 from llmrecipes.errors import ConfigError, LlmRecipesError, TrainingError
 from llmrecipes.run.output import LOCK_FILE, write_file
+from llmrecipes.run.stopping import EXIT_STOPPED, StoppedEarlyError
 
 STATUS_FILE = "status.json"
 
@@ -80,6 +81,9 @@ class Status:
         """Writes that an error ended the run."""
         if isinstance(error, KeyboardInterrupt):
             self.update("stopped", exit_code=130, message="stopped by Ctrl-C")
+            return
+        if isinstance(error, StoppedEarlyError):
+            self.update("stopped", exit_code=EXIT_STOPPED, signal=str(error))
             return
         code = error.exit_code if isinstance(error, LlmRecipesError) else 1
         state = "unhealthy" if isinstance(error, TrainingError) else "failed"

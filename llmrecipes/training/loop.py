@@ -138,9 +138,11 @@ def train(
             done = _validate(model, validation, updater, plan, hooks, place)
         return not done or (place.step < plan.steps and hooks.stop_requested())
 
+    if validation is not None and 0 < place.step < plan.steps and place.evaluated_at != place.step:
+        stopped = _due(place.step, plan.eval_steps) and validate()  # a signal had cut it off
     for epoch in range(place.epoch, plan.epochs):
         place.epoch = epoch
-        for window in training.windows(epoch, place.window) if place.step < plan.steps else ():
+        for window in training.windows(epoch, place.window) if place.step < plan.steps and not stopped else ():
             hooks.window(window)
             _step(model, window, updater, plan, hooks, place, reports)
             stopped = hooks.stop_requested()

@@ -159,6 +159,8 @@ class Updater:
         """Raises `TrainingError` where too many steps in a row were skipped, the last one at `step` at the latest."""
         allowed = self.health.max_skipped_steps + (SCALE_SEARCH if self.precision.loss_scaling else 0)
         if self.skipped_in_a_row >= allowed:
+            self.settle()  # of the last step, which may have been a good one
+        if self.skipped_in_a_row >= allowed:
             raise TrainingError(
                 f"step {step}: loss or gradient was not finite {self.skipped_in_a_row} times in a row (such steps "
                 "never reach the weights); try a smaller --lr, --gradient_clipping, or bf16 instead of --use_fp16"

@@ -89,7 +89,6 @@ def test_stopped_by_a_signal_and_resumed_it_is_equal_to_the_bit(
     assert check_folder(tmp_path / "out" / f"step-{step:06d}")["step"] == step
     assert forked(lambda: finetune(tmp_path / "out", **flags)) == 0
     assert status(tmp_path / "out")["state"] == "done"
-    shutil.rmtree(tmp_path / "out" / "last", ignore_errors=True)  # what the signal saved for who looks at it now
     found, expected = tmp_path / "out", undisturbed("lora with dropout")
     assert curve(found) == curve(expected)
     assert weights(found)["adapter_model.safetensors"] == weights(expected)["adapter_model.safetensors"]
@@ -364,3 +363,52 @@ def test_auto_begins_at_the_beginning_where_nothing_is(finetune: Command, tmp_pa
     assert (tmp_path / "out").is_dir()
     assert forked(lambda: finetune(tmp_path / "out", **flags)) == 0
     assert [record["step"] for record in records(tmp_path / "out")] == list(range(1, 10))
+
+
+def test_a_validation_that_a_signal_cut_off_is_made_up(
+    finetune: Command, trackers: str, records: Records, tmp_path: Path
+) -> None:
+    flags = {**DROPOUT, "save_steps": 0, "eval_steps": 2}
+    assert forked(lambda: finetune(tmp_path / "whole", **flags)) == 0
+    assert forked(lambda: finetune(tmp_path / "out", report_to=f"{trackers}:at_4", **flags)) == 143
+    assert forked(lambda: finetune(tmp_path / "out", **flags)) == 0
+    steps = [[record["step"] for record in records(tmp_path / name, "evaluation")] for name in ("whole", "out")]
+    assert steps[0] == steps[1] == [2, 4, 6, 8, 9]
+    assert curve(tmp_path / "out") == curve(tmp_path / "whole")
+    assert (
+        weights(tmp_path / "out")["adapter_model.safetensors"]
+        == weights(tmp_path / "whole")["adapter_model.safetensors"]
+    )
+    assert (tmp_path / "out" / "last").is_dir() == (tmp_path / "whole" / "last").is_dir()
+
+
+def test_a_checkpoint_of_another_folder_does_not_replace_a_run(
+    finetune: Command, undisturbed: Callable[[str], Path], tmp_path: Path
+) -> None:
+    shutil.copytree(undisturbed("lora with dropout"), tmp_path / "out")
+    before = weights(tmp_path / "out")
+    checkpoint = undisturbed("lora with dropout") / "step-000006"
+    with pytest.raises(ConfigError, match="holds a run already"):
+        finetune(tmp_path / "out", **{**DROPOUT, "resume": checkpoint})
+    assert weights(tmp_path / "out") == before
+
+
+def test_going_back_twice_leaves_no_newer_checkpoint_in_place(
+    finetune: Command, undisturbed: Callable[[str], Path], tmp_path: Path
+) -> None:
+    shutil.copytree(undisturbed("lora with dropout"), tmp_path / "out")
+    for name in ("set-aside-step-000008", "set-aside-step-000008-2"):
+        flags = {**DROPOUT, "resume": tmp_path / "out" / "step-000006"}
+        assert forked(lambda flags=flags: finetune(tmp_path / "out", **flags)) == 0
+        assert (tmp_path / "out" / name).is_dir()
+    assert curve(tmp_path / "out") == curve(undisturbed("lora with dropout"))
+
+
+def test_a_lost_run_yaml_does_not_keep_a_run_from_going_on(
+    finetune: Command, undisturbed: Callable[[str], Path], trackers: str, tmp_path: Path
+) -> None:
+    flags = {**DROPOUT, "save_steps": 2}
+    assert forked(lambda: finetune(tmp_path / "out", report_to=f"{trackers}:at_4", **flags)) == 143
+    (tmp_path / "out" / "run.yaml").unlink()
+    assert forked(lambda: finetune(tmp_path / "out", **flags)) == 0
+    assert curve(tmp_path / "out") == curve(undisturbed("lora with dropout"))
