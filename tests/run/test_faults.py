@@ -217,7 +217,8 @@ def long_run(finetune: Command, tmp_path: Path, **flags: Any) -> list[str]:
     settings = {**yaml.safe_load((tmp_path / "short" / "run.yaml").read_text()), "num_epochs": 100_000, **flags}
     settings |= {"output_dir": str(tmp_path / "out"), "max_train_step": 0}
     (tmp_path / "long.yaml").write_text(yaml.safe_dump(settings))
-    return [sys.executable, "-m", "llmrecipes.finetuning", "--config", str(tmp_path / "long.yaml")]
+    words = ["--config", str(tmp_path / "long.yaml"), "--allow_outside_plugins", "true"]
+    return [sys.executable, "-m", "llmrecipes.finetuning", *words]
 
 
 def environment() -> dict[str, str]:
