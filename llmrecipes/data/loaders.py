@@ -5,7 +5,7 @@ import math
 import multiprocessing
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -104,6 +104,10 @@ class Loader:
     def _planned(self) -> dict[int, list[Row]]:
         """The rows of the epoch asked for last: planning a million samples takes seconds."""
         return {}
+
+    def cut(self, pieces: int) -> "Loader":
+        """Returns the loader with each batch cut into `pieces`; its windows hold the same rows."""
+        return replace(self, batch_rows=self.batch_rows // pieces, window_batches=self.window_batches * pieces)
 
     def rows(self, epoch: int) -> list[Row]:
         """Returns the epoch's rows, of all ranks, each a list of indices into `samples`."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from llmrecipes.batch import Batch
-from llmrecipes.kernels.layers import FusedLayer, decoder_layers
+from llmrecipes.kernels.layers import FusedLayer, base_of, decoder_layers
 from llmrecipes.precision import Precision
 
 CHUNK_LOGITS = 1 << 25
@@ -21,7 +21,7 @@ def fused_loss_sum(model: Any, batch: Batch, precision: Precision) -> torch.Tens
 
     The same as `training.loss.loss_sum`, for a model whose layers are fused.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     body, head = base.base_model, base.get_output_embeddings()
     positions = batch.positions
     with precision.autocast():

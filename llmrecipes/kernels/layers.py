@@ -117,9 +117,14 @@ def apply_fused_layers(model: Any, dtype: torch.dtype, compute: str = "exact") -
     return len(decoders)
 
 
+def base_of(model: Any) -> Any:
+    """Returns the model that an adapter wraps, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def decoder_layers(model: Any) -> nn.ModuleList:
     """Returns the list of a model's decoder layers; raises `UnknownLayerError` where there is none."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     layers = getattr(base.base_model, "layers", None)
     if not isinstance(layers, nn.ModuleList):
         raise UnknownLayerError(f"{type(base).__name__} has no list of decoder layers")

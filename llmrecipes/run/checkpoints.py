@@ -122,8 +122,13 @@ _SAFETENSORS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F1
 
 def checkpoints(folder: Path) -> list[Path]:
     """Returns the checkpoints in an output folder, newest first; whether they are whole is another question."""
-    found = [(int(match[1]), item) for item in folder.glob("step-*") if (match := CHECKPOINT.fullmatch(item.name))]
-    return [item for _, item in sorted(found, reverse=True) if item.is_dir()]
+    found = [item for item in folder.glob("step-*") if CHECKPOINT.fullmatch(item.name) and item.is_dir()]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Returns the step that a checkpoint was saved behind, by its name."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def checkpoint_bytes(model: Any, updater: Updater) -> int:

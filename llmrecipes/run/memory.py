@@ -7,7 +7,7 @@ comes first; only what does not fit then is computed again or moved to the host'
 import gc
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from llmrecipes.config.schema import RunConfig
 from llmrecipes.data.loaders import Loader
 from llmrecipes.errors import ConfigError, HardwareError
 from llmrecipes.kernels.decoder import Keep
-from llmrecipes.kernels.footprint import keeps_within
+from llmrecipes.kernels.footprint import Shape, keeps_within
 from llmrecipes.kernels.layers import FusedLayer
 from llmrecipes.precision import is_out_of_memory
 from llmrecipes.reports.format import gib
@@ -61,7 +61,7 @@ def fit_memory(config: RunConfig, model: Any, loader: Loader, updater: Updater, 
     limit = memory_limit(config, updater.precision.device)
     gradients = sum(parameter.numel() * parameter.element_size() for parameter in updater.parameters)
     for pieces in divisors(loader.batch_rows):
-        cut = replace(loader, batch_rows=loader.batch_rows // pieces, window_batches=loader.window_batches * pieces)
+        cut = loader.cut(pieces)
         batch = largest_batch(cut)
         # What the rehearsal has not made: the optimizer's state, and the gradient of the batch before.
         later = state_bytes(config.optimizer, updater.parameters) + (gradients if cut.window_batches > 1 else 0)
@@ -150,7 +150,8 @@ def largest_batch(loader: Loader) -> Batch:
 
 def largest_tokens(loader: Loader) -> int:
     """Returns the tokens of that batch, which need not be made for it."""
-    return max(_size(loader)(batch)[0] for window in loader.window_rows(0) for batch in window)
+    size = _size(loader)
+    return max(size(batch)[0] for window in loader.window_rows(0) for batch in window)
 
 
 def _size(loader: Loader) -> Callable[[list[list[int]]], tuple[int, int]]:
@@ -164,13 +165,18 @@ def _size(loader: Loader) -> Callable[[list[list[int]]], tuple[int, int]]:
     return size
 
 
-def settle_layers(config: RunConfig, fused: Fused, batch: Batch) -> None:
-    """Sets what each layer keeps as the flag says; `auto` keeps all, to begin with."""
+def asked_keeps(config: RunConfig, shape: Shape, tokens: int) -> list[Keep]:
+    """Returns what each layer keeps as the flag says; `auto` keeps all, to begin with."""
     budget = size_in_bytes(config.activation_memory)
-    if budget is not None and fused.shape is not None:
-        keep_within(fused, batch.input_ids.numel(), budget)
-    else:
-        keep_alike(fused, KEEPS.get(config.activation_memory, Keep.ALL))
+    if budget is not None:
+        return keeps_within(shape, tokens, budget)
+    return [KEEPS.get(config.activation_memory, Keep.ALL)] * shape.layers
+
+
+def settle_layers(config: RunConfig, fused: Fused, batch: Batch) -> None:
+    """Sets what each fused layer keeps as the flag says."""
+    if fused.shape is not None:
+        keep_each(fused, asked_keeps(config, fused.shape, batch.input_ids.numel()))
 
 
 def keep_alike(fused: Fused, keep: Keep) -> None:
@@ -179,10 +185,9 @@ def keep_alike(fused: Fused, keep: Keep) -> None:
         layer.keep = keep
 
 
-def keep_within(fused: Fused, tokens: int, budget: int) -> None:
-    """Has layers keep as much as a budget of bytes allows."""
-    assert fused.shape is not None
-    for layer, keep in zip(fused.layers, keeps_within(fused.shape, tokens, budget), strict=True):
+def keep_each(fused: Fused, keeps: Sequence[Keep]) -> None:
+    """Has each layer keep its own."""
+    for layer, keep in zip(fused.layers, keeps, strict=True):
         layer.keep = keep
 
 
@@ -199,7 +204,7 @@ def keep_what_fits(model: Any, batch: Batch, updater: Updater, fused: Fused, lim
     tokens = batch.input_ids.numel()
     room = len(fused.layers) * tokens * fused.shape.kept_bytes(Keep.INPUT) + limit - peak
     for share in (1.0, 0.8, 0.5):
-        keep_within(fused, tokens, int(share * room))
+        keep_each(fused, keeps_within(fused.shape, tokens, int(share * room)))
         better = rehearse(model, batch, updater)
         if better is not None and better <= limit:
             return better

@@ -23,7 +23,7 @@ from llmrecipes.precision import Precision
 from llmrecipes.reports.format import count, duration, gib
 from llmrecipes.reports.plan import aligned
 from llmrecipes.run.finetune import build_loaders, method_text, resolve_plugins, train_plan
-from llmrecipes.run.memory import CONTEXT, KEEPS, MARGIN, divisors, kept_text, largest_tokens
+from llmrecipes.run.memory import CONTEXT, MARGIN, asked_keeps, divisors, kept_text, largest_tokens
 from llmrecipes.run.preparing import set_seeds
 from llmrecipes.run.speed import EXACT, check_fusible, eight_bit_compute, fused_shape
 from llmrecipes.training.optimizers import state_bytes
@@ -172,11 +172,9 @@ def fitted(
     """Returns into how many a batch is cut, what layers keep, and what that takes: as the trainer would decide."""
     free = MARGIN * (limit - CONTEXT)
     for pieces in divisors(loader.batch_rows):
-        cut = replace(loader, batch_rows=loader.batch_rows // pieces, window_batches=loader.window_batches * pieces)
+        cut = loader.cut(pieces)
         tokens, accumulates = largest_tokens(cut), cut.window_batches > 1
-        budget = size_in_bytes(config.activation_memory)
-        keeps = [KEEPS.get(config.activation_memory, Keep.ALL)] * shape.layers
-        keeps = keeps_within(shape, tokens, budget) if budget is not None else keeps
+        keeps = asked_keeps(config, shape, tokens)
         found = footprint(config, model, shape, tokens, keeps, accumulates)
         if found.peak > free and cut.batch_rows == 1 and config.activation_memory == "auto":
             least = footprint(config, model, shape, tokens, [Keep.INPUT] * shape.layers, accumulates)

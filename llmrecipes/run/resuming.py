@@ -20,7 +20,7 @@ from llmrecipes.config.show import flat_config, plain
 from llmrecipes.errors import ConfigError, ModelError, first_line
 from llmrecipes.models.folders import local_path
 from llmrecipes.reports.trackers import METRICS_FILE, redacted
-from llmrecipes.run.checkpoints import TENSORS, TRAINER, WEIGHTS, checkpoints
+from llmrecipes.run.checkpoints import TENSORS, TRAINER, WEIGHTS, checkpoints, step_of
 from llmrecipes.run.manifest import ManifestError, check_folder, flush
 from llmrecipes.run.output import tidy
 from llmrecipes.run.status import read_status
@@ -192,7 +192,7 @@ def rewind_metrics(folder: Path, origin: Origin) -> None:
     They go first: a kill in between must not leave one whose steps the metrics no longer have.
     """
     for item in checkpoints(folder):
-        if int(item.name.split("-")[1]) > origin.place.step:
+        if step_of(item) > origin.place.step:
             item.rename(_free(folder / f"{BESIDE}{item.name}"))
     flush(folder)
     path, size = folder / METRICS_FILE, int(origin.trainer.get("metrics_bytes", 0))

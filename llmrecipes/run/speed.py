@@ -15,7 +15,14 @@ from llmrecipes.kernels.calibration import BOUND, calibrate
 from llmrecipes.kernels.footprint import Shape
 from llmrecipes.kernels.head import fused_loss_sum
 from llmrecipes.kernels.jit import triton
-from llmrecipes.kernels.layers import KNOWN_LAYERS, FusedLayer, UnknownLayerError, apply_fused_layers, decoder_layers
+from llmrecipes.kernels.layers import (
+    KNOWN_LAYERS,
+    FusedLayer,
+    UnknownLayerError,
+    apply_fused_layers,
+    base_of,
+    decoder_layers,
+)
 from llmrecipes.precision import Precision, out_of_memory_told
 from llmrecipes.training.loss import loss_sum
 from llmrecipes.training.updater import LossSum
@@ -141,11 +148,10 @@ def calibrated(fused: Fused, model: Any, loader: Loader, precision: Precision, a
     """
     if fused.compute == EXACT:
         return ""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     batch = loader.batch(loader.window_rows(0)[0][0][:1])
     bound = BOUND if asked == "auto" else float("inf")
     with precision.autocast(), out_of_memory_told("calibration", "--quantization_config.compute bf16"):
-        errors = calibrate(base.base_model, list(fused.layers), batch.to(precision.device), bound)
+        errors = calibrate(base_of(model).base_model, list(fused.layers), batch.to(precision.device), bound)
     exact = [number for number, error in enumerate(errors) if error > bound]
     told = f"matmuls in {fused.compute} (error of a layer {min(errors):.1%} to {max(errors):.1%}"
     return told + (f"; above {bound:.0%} and exact: layers {', '.join(map(str, exact))})" if exact else ")")
