@@ -187,7 +187,7 @@ def _expand_columns(
         scale = _scale_at(scales, scale_table, scale_scales, offset, number, inside, scale_block, nested)
     column = (tl.program_id(1) * 2 * pairs + tl.arange(0, 2 * pairs))[None, :]
     numbers = tl.interleave(tl.load(table + (codes >> 4)) * scale, tl.load(table + (codes & 15)) * scale)
-    numbers = numbers / tl.load(out_scales + column, mask=column < width, other=1.0)
+    numbers *= 1 / tl.load(out_scales + column, mask=column < width, other=1.0)
     if integer:
         numbers = tl.floor(numbers + 0.5)
     made = tl.trans(numbers.to(out.dtype.element_ty))

@@ -109,7 +109,7 @@ class Projections:
             return
         for adapter, columns in zip(self.adapters, self._columns(), strict=True):
             self.down[columns] = adapter.down.detach()
-            self.up[adapter.columns, columns] = (adapter.up.detach() * adapter.scale).to(self.dtype)
+            torch.mul(adapter.up.detach(), adapter.scale, out=self.up[adapter.columns, columns])
         self._versions = versions
 
     def _columns(self) -> list[slice]:

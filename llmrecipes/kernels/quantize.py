@@ -72,7 +72,7 @@ def quantized_rows(rows: torch.Tensor, quantizer: Quantizer) -> Quantized:
 
 def quantized_plainly(rows: torch.Tensor, quantizer: Quantizer) -> Quantized:
     """The same in plain PyTorch."""
-    numbers = rotated(rows.to(torch.promote_types(rows.dtype, torch.float32)), quantizer.rotation)
+    numbers = rotated(rows.to(statistics_of(rows)), quantizer.rotation)
     scales = (numbers.abs().amax(1, keepdim=True) / quantizer.largest).clamp(min=SMALLEST_SCALE)
     scaled = numbers / scales
     values = (scaled.round() if quantizer.dtype == torch.int8 else scaled).to(quantizer.dtype)
@@ -87,7 +87,7 @@ def room_for(rows: torch.Tensor, width: int, quantizer: Quantizer | None) -> Qua
     return Quantized(values, torch.empty(rows.shape[0], 1, dtype=torch.float32, device=rows.device))
 
 
-def options(width: int, quantizer: Quantizer | None) -> dict[str, Any]:
+def options(width: int, quantizer: Quantizer | None, least_warps: int = 1) -> dict[str, Any]:
     """Returns a kernel's constants for one row a program, held in registers as a whole, piece by piece."""
     pieces = quantizer.rotation if quantizer else 1
     block = triton.next_power_of_2(width // pieces)
@@ -97,8 +97,18 @@ def options(width: int, quantizer: Quantizer | None) -> dict[str, Any]:
         "pieces": pieces,
         "size": width // pieces,
         "block": block,
-        "num_warps": min(16, max(1, pieces * block // 2048)),
+        "num_warps": min(16, max(least_warps, pieces * block // 2048)),
     }
+
+
+def part_of(width: int) -> int:
+    """Returns how much of a row a kernel holds in registers where all of it would not fit beside what is made of it."""
+    return min(4096, triton.next_power_of_2(width))
+
+
+def statistics_of(rows: torch.Tensor) -> torch.dtype:
+    """Returns the type that is computed in: float32 at least."""
+    return torch.promote_types(rows.dtype, torch.float32)
 
 
 @jit

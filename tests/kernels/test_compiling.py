@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from llmrecipes.kernels import four_bit, quantize, rowwise, scaled_matmul, short_attention
+from llmrecipes.kernels import four_bit, quantize, rotary, rowwise, scaled_matmul, short_attention
 
 BF16, F32, I8, F8, I32, U8 = "*bf16", "*fp32", "*i8", "*fp8e4nv", "*i32", "*u8"
 TURNED = {"largest": 127.0, "integer": True, "pieces": 64, "size": 172, "block": 256}
@@ -32,17 +32,25 @@ KERNELS: dict[str, tuple[Any, tuple[str, ...], dict[str, Any]]] = {
     "norm backward": (
         rowwise._rms_norm_backward, (BF16, BF16, BF16, BF16, BF16, "i32", "i32", "fp32"), {"block": 4096}
     ),
-    "swiglu": (rowwise._swiglu, (BF16, BF16, I8, F32, "i32", "i32"), {"quantizes": True, **TURNED}),
+    "swiglu": (rowwise._swiglu, (BF16, BF16, I8, F32, "i32", "i32"), {"quantizes": True, "part": 4096, **TURNED}),
     "swiglu backward": (
         rowwise._swiglu_backward,
         (BF16, BF16, BF16, BF16, I8, F32, "i32", "i32", "i32", "i32"),
-        {"quantizes": True, **WHOLE},
+        {"quantizes": True, "part": 4096, **WHOLE},
     ),
     "dropout": (rowwise._drop, (BF16, BF16, "i32", "i32", "fp32", "i32"), {"block": 1024}),
     "rotate": (
-        rowwise._rotate,
-        (BF16, BF16, BF16, BF16, "i32", "i32", "i32", "i32", "i32", "i32", "i32"),
-        {"back": True, "padded_heads": 32, "padded_half": 64},
+        rotary._rotate,
+        (BF16, BF16, BF16, "i32", "i32", "i32"),
+        {"heads": 40, "half": 64, "padded_heads": 64, "padded_half": 64},
+    ),
+    "rotate back": (
+        rotary._rotate_back,
+        (BF16, BF16, BF16, BF16, I8, F32, BF16, BF16, *("i32",) * 8),
+        {
+            "heads": 32, "key_heads": 8, "half": 64, "padded_heads": 32, "padded_key_heads": 8, "padded_half": 64,
+            "quantizes": True, "width": 6144, "part": 4096, "largest": 127.0, "integer": True,
+        },
     ),
     "expand": (
         four_bit._expand_rows,
@@ -82,7 +90,9 @@ KERNELS: dict[str, tuple[Any, tuple[str, ...], dict[str, Any]]] = {
     ),
 }  # fmt: skip
 
-WARPS = {"quantize": 8, "norm": 8, "swiglu": 8, "swiglu backward": 8, "matmul": 8, "matmul on Hopper": 8}
+WARPS = {
+    "quantize": 8, "norm": 8, "swiglu": 8, "swiglu backward": 16, "rotate back": 8, "matmul": 8, "matmul on Hopper": 8,
+}  # fmt: skip
 """Where it is not 4: as many as the functions ask for."""
 
 SHARED_MEMORY = {89: 99 << 10, 90: 227 << 10}

@@ -1,6 +1,7 @@
 """Laws of fused layers: loss and every gradient are those of transformers' own layers, whatever a layer keeps."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import transformers
 from bitsandbytes.nn import Linear4bit, Params4bit
 from peft import LoraConfig, get_peft_model
 
-from llmrecipes.batch import Batch, Sample
+from llmrecipes.batch import Batch, Sample, predictions
 from llmrecipes.data.loaders import padded_batch
 from llmrecipes.kernels import decoder, head
 from llmrecipes.kernels.attention import apply_document_attention
@@ -70,9 +71,12 @@ def build(tiny_model: Build) -> Build:
 
 
 def packed(samples: list[Sample]) -> Batch:
-    """Two rows of several documents, one of them a single token, with padding behind."""
+    """Two rows of several documents, one of them a single token, with padding behind, and filled predictions."""
     one = Sample(samples[0].input_ids[:1], samples[0].labels[:1], 99)
-    return padded_batch([[*samples[:5], one], samples[5:]])
+    batch = padded_batch([[*samples[:5], one], samples[5:]])
+    predicting, targets = predictions(batch.labels, 64)
+    assert len(targets) > batch.supervised_tokens
+    return replace(batch, predicting=predicting, targets=targets)
 
 
 def by_row(samples: list[Sample]) -> Batch:
