@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -163,8 +164,9 @@ def _new_adapter(model: Any, config: RunConfig) -> Any:
             warnings.simplefilter("ignore")
             wrapped = get_peft_model(model, adapter)
     except (ValueError, KeyError, TypeError, AttributeError, NotImplementedError) as error:
+        why = shorten(first_line(error), 110, placeholder=" ...")
         raise ConfigError(
-            f"--peft_method {config.peft_method}: it does not fit this model ({first_line(error)}); its linear layers "
+            f"--peft_method {config.peft_method}: it does not fit this model ({why}); its linear layers "
             f"are {', '.join(_linear_names(model))}, its decoder layers number {model.config.num_hidden_layers}"
         ) from None
     if count_parameters(wrapped)[1] == 0:

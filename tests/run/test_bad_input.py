@@ -19,20 +19,9 @@ Tensors = dict[str, torch.Tensor]
 
 
 @pytest.fixture
-def refused(finetune: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+def refused(finetune: Command, refusal: Callable[..., str], tmp_path: Path) -> Callable[..., str]:
     """Runs a fine-tuning that must fail cleanly; returns its one line."""
-
-    def run(**flags: Any) -> str:
-        capsys.readouterr()
-        assert guarded(lambda: finetune(tmp_path / "out", **flags)) == 2
-        shown = capsys.readouterr()
-        assert shown.out == ""
-        (line,) = shown.err.splitlines()
-        assert line.startswith("error: ") and len(line) < 600
-        assert not (tmp_path / "out").exists()
-        return line
-
-    return run
+    return lambda **flags: refusal(lambda: finetune(tmp_path / "out", **flags))
 
 
 # --- the model folder -------------------------------------------------------------------------------------------------
