@@ -82,6 +82,7 @@ RUN_EFFECTS = (
     ),
     Effect(("prefix_config.*",), _trains_with("prefix"), "--use_peft --peft_method prefix" + NEW_ADAPTER),
     Effect(("peft_method", "from_peft_checkpoint"), lambda c: c.use_peft, "--use_peft"),
+    Effect(("allow_base_mismatch",), lambda c: c.from_peft_checkpoint, "--from_peft_checkpoint"),
     Effect(("num_freeze_layers",), lambda c: c.freeze_layers, "--freeze_layers"),
     Effect(("gradient_clipping_threshold",), lambda c: c.gradient_clipping, "--gradient_clipping"),
     Effect(("gamma",), lambda c: c.lr_scheduler == "step", "--lr_scheduler step"),
@@ -196,7 +197,7 @@ RUN_CONFLICTS = (
     ),
 )
 
-ADAPTER_EFFECTS = (Effect(("compare_base",), lambda c: c.peft_model is not None, "--peft_model"),)
+ADAPTER_EFFECTS = (Effect(("allow_base_mismatch", "compare_base"), lambda c: c.peft_model is not None, "--peft_model"),)
 
 SAMPLING_EFFECTS = (Effect(("temperature", "top_p", "top_k"), lambda c: c.do_sample, "--do_sample"),)
 
@@ -307,7 +308,7 @@ def _effects(config: object) -> tuple[Effect, ...]:
     if isinstance(config, EvaluationConfig):
         return MODEL_EFFECTS + DATASET_EFFECTS + ADAPTER_EFFECTS + SAMPLING_EFFECTS
     if isinstance(config, InferenceConfig):
-        return MODEL_EFFECTS + SAMPLING_EFFECTS
+        return MODEL_EFFECTS + ADAPTER_EFFECTS + SAMPLING_EFFECTS
     if isinstance(config, DataViewConfig):
         return DATASET_EFFECTS + VIEW_EFFECTS
     return DATASET_EFFECTS if isinstance(config, DatasetOptions) else ()

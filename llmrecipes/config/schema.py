@@ -130,6 +130,9 @@ class TrainedOptions:
     llama_adapter_config: LlamaAdapterOptions = section(LlamaAdapterOptions, "")
     prefix_config: PrefixOptions = section(PrefixOptions, "")
     from_peft_checkpoint: str = option("", "folder of an adapter whose weights training continues from")
+    allow_base_mismatch: bool = option(
+        False, "ours: go on with that adapter though it was trained on another base, if its shapes fit"
+    )
     freeze_layers: bool = option(False, "full fine-tuning: freeze the first num_freeze_layers layers")
     num_freeze_layers: int = option(1, "decoder layers frozen, counted from the first", at_least=1)
     freeze_LLM_only: bool = option(False, "for vision models, which are not supported yet")  # noqa: N815
@@ -306,6 +309,9 @@ class AdapterOptions:
     """Adapter"""
 
     peft_model: str | None = option(None, "folder of the adapter, as fine-tuning wrote it; unset: the base alone")
+    allow_base_mismatch: bool = option(
+        False, "ours: use the adapter though it was trained on another base, if its shapes fit"
+    )
 
 
 @dataclass(frozen=True)
@@ -369,6 +375,7 @@ class MergingConfig:
 
     model_name: str = option(REQUIRED, "hub id, local folder or .gguf file of the base model")
     peft_model: str = option(REQUIRED, "folder of the adapter, as fine-tuning wrote it")
+    allow_base_mismatch: bool = option(False, "merge though the adapter was trained on another base, if its shapes fit")
     output_dir: str = option(REQUIRED, "folder to write the merged model to")
     dtype: str = option("bfloat16", "data type of the weights written", choices=DTYPES)
     model_revision: str | None = option(None, "commit, tag or branch of a hub model")

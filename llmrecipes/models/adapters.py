@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from llmrecipes.config.schema import RunConfig, TrainedOptions
 from llmrecipes.errors import ConfigError, ModelError, first_line
 from llmrecipes.models.folders import ADAPTER_WEIGHTS, check_adapter_folder, local_path
+from llmrecipes.models.identity import Base, base_of, check_base
 from llmrecipes.models.quantization import has_finite_weights, is_quantized
 from llmrecipes.precision import Precision
 
@@ -72,11 +74,20 @@ def attach_trained(model: Any, config: RunConfig, precision: Precision) -> Any:
     return model
 
 
-def check_checkpoint(config: TrainedOptions) -> None:
-    """Raises where `from_peft_checkpoint` holds no whole adapter, or one of another method than the run's."""
-    folder = config.from_peft_checkpoint
+def checked_base(config: RunConfig, source: str) -> tuple[Base, list[str]]:
+    """Returns which model the base is, by its files, and notices.
+
+    Raises where `from_peft_checkpoint` holds no whole adapter, one of another method than the run's or of another base.
+    """
+    folder, flag = config.from_peft_checkpoint, "from_peft_checkpoint"
     if not folder:
-        return
+        return base_of(config, source), []
+    _check_method(config, folder)
+    told = check_base(folder, flag, config, source, config.allow_base_mismatch)
+    return base_of(config, source), told
+
+
+def _check_method(config: RunConfig, folder: str) -> None:
     found = check_adapter_folder(local_path(folder), "from_peft_checkpoint").get("peft_type")
     if found != PEFT_TYPES[config.peft_method]:
         method = next((name for name, kind in PEFT_TYPES.items() if kind == found), None)
@@ -153,8 +164,9 @@ def _new_adapter(model: Any, config: RunConfig) -> Any:
             warnings.simplefilter("ignore")
             wrapped = get_peft_model(model, adapter)
     except (ValueError, KeyError, TypeError, AttributeError, NotImplementedError) as error:
+        why = shorten(first_line(error), 110, placeholder=" ...")
         raise ConfigError(
-            f"--peft_method {config.peft_method}: it does not fit this model ({first_line(error)}); its linear layers "
+            f"--peft_method {config.peft_method}: it does not fit this model ({why}); its linear layers "
             f"are {', '.join(_linear_names(model))}, its decoder layers number {model.config.num_hidden_layers}"
         ) from None
     if count_parameters(wrapped)[1] == 0:

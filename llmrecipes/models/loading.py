@@ -140,4 +140,6 @@ def check_loaded(config: ModelOptions, model: Any, info: dict[str, Any]) -> None
 
 def why_not(name: str, error: BaseException) -> str:
     """Returns why nothing could be read; of a name that is no path, also that no folder of that name is here."""
+    if "custom code" in str(error):
+        return "it brings Python code of its own; read that, and allow it with --trust_remote_code"
     return first_line(error) if is_local(name) else f"no such folder is here, and from the hub: {first_line(error)}"
