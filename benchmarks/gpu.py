@@ -37,6 +37,7 @@ from llmrecipes.data.loaders import Loader
 from llmrecipes.environment import prepare_environment
 from llmrecipes.kernels.attention import document_layout
 from llmrecipes.models.adapters import attach_trained
+from llmrecipes.models.float8 import Float8Linear
 from llmrecipes.precision import Precision
 from llmrecipes.reports.memory import peak_memory_bytes
 from llmrecipes.run.measuring import ceiling
@@ -87,6 +88,7 @@ def packed(rows: int, tokens: int, accumulated: int = 1, **more: str) -> dict[st
 ROWS = {
     "samsum-bf16": Row("SAMSum, bf16", 0, LORA | packed(1, 16384)),
     "samsum-4bit": Row("SAMSum, NF4", 0, LORA | FOUR_BIT | packed(1, 16384)),
+    "samsum-fp8": Row("SAMSum, fp8", 0, LORA | {"quantization": "fp8"} | packed(1, 16384)),
     "packed-bf16": Row("4 x 4,096, bf16", 4096, LORA | packed(4, 4096)),
     "packed-4bit": Row("4 x 4,096, NF4", 4096, LORA | FOUR_BIT | packed(4, 4096)),
     "long-bf16": Row("1 x 16,384, bf16", 16384, LORA | packed(1, 16384)),
@@ -116,13 +118,20 @@ def llama(config: RunConfig, precision: Precision) -> Any:
             made = made.fill_(1) if "norm" in name else made.normal_(std=0.02)
             setattr(module, kind, torch.nn.Parameter(made, requires_grad=False))
         if config.quantization and "layers" in name and isinstance(module, torch.nn.Linear):
-            store_in_4_bits(model, name, module, config)
+            model.set_submodule(name, in_8_bits(module) if config.quantization == "fp8" else in_4_bits(module, config))
     model.model.rotary_emb = rotary
     return model
 
 
-def store_in_4_bits(model: Any, name: str, linear: torch.nn.Linear, config: RunConfig) -> None:
-    """Puts a `Linear4bit` of the same weights in a linear layer's place."""
+def in_8_bits(linear: torch.nn.Linear) -> Float8Linear:
+    """Returns a `Float8Linear` of a linear layer's weights."""
+    made = Float8Linear(linear)
+    made.weight = made.stored(linear.weight.data)
+    return made
+
+
+def in_4_bits(linear: torch.nn.Linear, config: RunConfig) -> Any:
+    """Returns a `Linear4bit` of a linear layer's weights."""
     nested = config.quantization_config.use_double_quant
     library: Any = bitsandbytes.nn
     made = library.Linear4bit(
@@ -130,8 +139,7 @@ def store_in_4_bits(model: Any, name: str, linear: torch.nn.Linear, config: RunC
     )
     weight = library.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=nested)
     made.weight = weight.to(linear.weight.device)
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, made)
+    return made
 
 
 def samples_of(row: Row, tokens: int) -> list[Sample]:

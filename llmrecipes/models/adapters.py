@@ -14,9 +14,10 @@ from transformers.pytorch_utils import Conv1D
 
 from llmrecipes.config.schema import RunConfig, TrainedOptions
 from llmrecipes.errors import ConfigError, ModelError, first_line
+from llmrecipes.models.float8 import Float8Linear
 from llmrecipes.models.folders import ADAPTER_WEIGHTS, check_adapter_folder, local_path
 from llmrecipes.models.identity import Base, base_of, check_base
-from llmrecipes.models.quantization import has_finite_weights, is_quantized
+from llmrecipes.models.quantization import has_finite_weights, stored_shape
 from llmrecipes.precision import Precision
 
 MERGEABLE = ("LORA",)
@@ -102,6 +103,12 @@ def load_adapter(model: Any, folder: str, flag: str, trainable: bool = False) ->
     """Returns the model wrapped by the adapter in `folder`; raises `ModelError` where it does not fit the base."""
     path = local_path(folder)
     settings = check_adapter_folder(path, flag)
+    reads_weights = settings.get("use_dora") or settings.get("peft_type") not in PEFT_TYPES.values()
+    if reads_weights and any(isinstance(module, Float8Linear) for module in model.modules()):
+        raise ModelError(
+            f"--{flag} {folder}: for an adapter of its kind peft reads the base's weights, which it cannot from fp8; "
+            "use --quantization 4bit or 8bit"
+        )
     trains_biases = settings.get("bias", "none") != "none"
     biases = [(parameter, parameter.detach().clone()) for parameter in _biases(model)] if trains_biases else []
     try:
@@ -147,9 +154,7 @@ def count_parameters(model: Any) -> tuple[int, int]:
     """Returns (all parameters, those that train); 4-bit storage is counted by the weights it stands for."""
     total = trained = 0
     for parameter in model.parameters():
-        count = parameter.numel()
-        if is_quantized(parameter) and getattr(parameter, "quant_state", None) is not None:
-            count = parameter.quant_state.shape.numel()
+        count = stored_shape(parameter).numel()
         total += count
         trained += count if parameter.requires_grad else 0
     return total, trained

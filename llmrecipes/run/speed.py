@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from llmrecipes.batch import BY_DOCUMENT
+from llmrecipes.config.rules import EXPANDED
 from llmrecipes.config.schema import RunConfig
 from llmrecipes.data.loaders import Loader
 from llmrecipes.errors import ConfigError, HardwareError
@@ -68,7 +69,7 @@ def fuse_layers(model: Any, config: RunConfig, precision: Precision) -> Fused:
     Raises `ConfigError` where `--use_fast_kernels true` or an 8-bit `quantization_config.compute` demands it in vain.
     """
     asked = config.quantization_config.compute
-    wanted = config.use_fast_kernels or (config.quantization == "4bit" and asked in ("int8", "fp8"))
+    wanted = config.use_fast_kernels or (config.quantization in EXPANDED and asked in ("int8", "fp8"))
     on_gpu = precision.device.type == "cuda"
     if config.use_fast_kernels is False or not (wanted or on_gpu):
         return Fused("", loss_sum)
@@ -125,12 +126,12 @@ def check_fusible(model: Any, config: RunConfig, precision: Precision) -> None:
 
 
 def eight_bit_compute(config: RunConfig, capability: tuple[int, int] | None, width: int) -> str:
-    """Returns how 4-bit weights are to be multiplied, `auto` resolved; raises `HardwareError`.
+    """Returns how weights in 4 bits or fp8 are to be multiplied, `auto` resolved; raises `HardwareError`.
 
     `capability` is the GPU's, None without one; `width` the model's.
     """
     asked = config.quantization_config.compute
-    if config.quantization != "4bit" or asked == "bf16":
+    if config.quantization not in EXPANDED or asked == "bf16":
         return EXACT
     if asked == "fp8" and capability is not None and capability < (8, 9):
         raise HardwareError(

@@ -114,6 +114,10 @@ BROKEN_WEIGHTS: dict[str, tuple[Edit, str]] = {
         weights(lambda w: w.update({"model.norm.weight": torch.ones(5)})),
         "1 mismatched tensors, such as model.norm.weight",
     ),
+    "other shape of a linear layer": (
+        weights(lambda w: w.update({"model.layers.1.mlp.up_proj.weight": torch.ones(3, 64)})),
+        "1 mismatched tensors, such as model.layers.1.mlp.up_proj.weight",
+    ),
     "more layers": (config(num_hidden_layers=3), "9 missing tensors, such as model.layers.2"),
     "fewer layers": (config(num_hidden_layers=1), "9 unexpected tensors, such as model.layers.1"),
     "not a number": (
@@ -124,7 +128,7 @@ BROKEN_WEIGHTS: dict[str, tuple[Edit, str]] = {
 
 
 @pytest.mark.parametrize(
-    "storage", [{}, {"quantization": "8bit"}, {"quantization": "4bit"}], ids=["plain", "8bit", "4bit"]
+    "storage", [{}, *({"quantization": kind} for kind in ("8bit", "4bit", "fp8"))], ids=["plain", "8bit", "4bit", "fp8"]
 )
 @pytest.mark.parametrize("name", BROKEN_WEIGHTS)
 def test_weights_that_are_not_those_of_the_config_are_told(

@@ -29,6 +29,9 @@ RUNS: dict[str, dict[str, str]] = {
     "fp16": {"mixed_precision": "None", "use_fp16": "true"},
     "8bit": {"mixed_precision": "true", "quantization": "8bit"},
     "nf4": {"mixed_precision": "true", "quantization": "4bit"},
+    "fp8": {"mixed_precision": "true", "quantization": "fp8"},
+    "fp8, int8": {"mixed_precision": "true", "quantization": "fp8", "quantization_config.compute": "int8"},
+    "fp8, fp8": {"mixed_precision": "true", "quantization": "fp8", "quantization_config.compute": "fp8"},
     "fp4, double": {
         "mixed_precision": "true",
         "quantization": "4bit",
