@@ -112,6 +112,11 @@ class Decoder:
         return self.qkv, self.output, self.gate_up, self.down
 
     @property
+    def drops(self) -> bool:
+        """Whether there is dropout in its LoRA."""
+        return any(group.drops for group in self.groups)
+
+    @property
     def trained(self) -> list[torch.nn.Parameter]:
         """The parameters that train, in the order of `backward`'s gradients."""
         parts = (self.first_norm, self.qkv, self.output, self.second_norm, self.gate_up, self.down)

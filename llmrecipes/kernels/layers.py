@@ -61,6 +61,11 @@ class FusedLayer(nn.Module):
         assert position_embeddings is not None
         return self.at(hidden_states, position_embeddings, layout).view_as(hidden_states)
 
+    def refresh(self) -> None:
+        """Brings copies of the adapters up to date with them."""
+        for group in self.decoder.groups:
+            group.refresh()
+
     def at(
         self,
         hidden_states: torch.Tensor,
@@ -82,7 +87,7 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, layer: FusedLayer, shared: Shared, *trained: torch.Tensor) -> torch.Tensor:
-        ctx.seed = int(torch.randint(2**30, ())) if layer.training else None
+        ctx.seed = int(torch.randint(2**30, ())) if layer.training and layer.decoder.drops else None
         with torch.autocast(x.device.type, enabled=False):
             y, kept = layer.decoder.forward(x, shared, ctx.seed, layer.keep)
         ctx.stored = None
