@@ -5,7 +5,8 @@ first batch of a shape is computed as ever, the second is recorded, and from the
 numbers in the same places.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -41,14 +42,29 @@ class Replayed:
         """shapes of batches"""
         self.records: dict[Hashable, Record | None] = {}
         """of shapes seen twice; None where there is no room"""
+        self._stream: torch.cuda.Stream | None = None
+        """of all that is computed: a record cannot be made on a device's first stream, nor wait for it"""
         self._pool: Any = None
 
     def __call__(self, model: Any, batch: Batch, precision: Precision) -> torch.Tensor:
         """Returns the loss as `loss` does."""
         if not torch.is_grad_enabled():
             return self.loss(model, batch, precision)
-        total: torch.Tensor = _Played.apply(self, model, batch, precision, *self.parameters)
+        with self._own_stream(batch.input_ids.device):
+            total: torch.Tensor = _Played.apply(self, model, batch, precision, *self.parameters)
         return total
+
+    @contextmanager
+    def _own_stream(self, device: torch.device) -> Iterator[None]:
+        """Has a GPU work on a stream of the records; what comes before and after waits in turn."""
+        if device.type != "cuda":
+            yield
+            return
+        around, self._stream = torch.cuda.current_stream(device), self._stream or torch.cuda.Stream(device)
+        self._stream.wait_stream(around)
+        with torch.cuda.stream(self._stream):
+            yield
+        around.wait_stream(self._stream)
 
     def result(self, model: Any, batch: Batch, precision: Precision) -> Result:
         """Returns the loss, which is the caller's own, and its gradients, which the next call writes over."""
@@ -84,7 +100,8 @@ class Record:
         self.batch = replace(batch, **moved, layout=layout)
         self.graph = torch.cuda.CUDAGraph()
         # Other threads of the process go on; what they do is not recorded.
-        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
+        stream = torch.cuda.current_stream()
+        with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             self.total, self.gradients = compute(self.batch)
 
     def play(self, batch: Batch) -> Result:
