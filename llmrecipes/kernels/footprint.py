@@ -131,10 +131,12 @@ class Shape:
         train, theirs: two operations for each parameter and token.
         """
         passes = 3 if trains_all else 2
+        behind = sum(outputs * inputs for name, (outputs, inputs) in self.linears.items() if name not in GROUPS["qkv"])
+        linear = self.linear_parameters * tokens - behind * (tokens - supervised)  # the last layer's, for the head only
         head = self.vocabulary * self.width
         adapter = 3 * self.adapter_parameters * tokens
         attention = 7 * self.layers * self.heads * self.head_size * pairs  # two matmuls forward, five backward
-        return 2 * (passes * (self.linear_parameters * tokens + head * supervised) + adapter + attention)
+        return 2 * (passes * (linear + head * supervised) + adapter + attention)
 
 
 def keeps_within(shape: Shape, tokens: int, budget: int) -> list[Keep]:

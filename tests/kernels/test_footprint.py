@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -17,7 +18,9 @@ from llmrecipes.kernels.attend import Attention
 from llmrecipes.kernels.attention import apply_document_attention
 from llmrecipes.kernels.decoder import Keep, Shared
 from llmrecipes.kernels.footprint import Shape, keeps_within
+from llmrecipes.kernels.head import fused_loss_sum
 from llmrecipes.kernels.layers import apply_fused_layers, decoder_layers
+from llmrecipes.precision import Precision
 
 Build = Callable[..., Any]
 Samples = Callable[..., list[Sample]]
@@ -74,6 +77,20 @@ def test_operations_are_those_that_pytorch_counts(trains_all: bool, tiny_model: 
     # it has kept what a fused kernel computes again.
     everywhere = shape.operations(0, 0, 40 * 40, trains_all)
     assert everywhere * 6 / 7 == attention
+
+
+def test_fused_layers_do_no_more_operations_than_are_counted(tiny_model: Build) -> None:
+    model = tiny_model()
+    apply_document_attention(model)
+    apply_fused_layers(model, torch.float32)
+    ids = torch.arange(4, 44, dtype=torch.int32).numpy()
+    batch = padded_batch([[Sample(ids, np.where(np.arange(40) < 30, -100, ids), 0)]])
+    with FlopCounterMode(display=False) as counter:
+        fused_loss_sum(model, batch, Precision(torch.device("cpu"), torch.float32, torch.float32, False)).backward()
+    counted = counter.get_flop_counts()["Global"]
+    linear = sum(number for name, number in counted.items() if "attention" not in str(name))
+    assert batch.supervised_tokens == 10
+    assert Shape.of(model.config).operations(40, 10, 0, trains_all=True) == linear
 
 
 @given(st.integers(1, 64), st.integers(0, 10**11))
