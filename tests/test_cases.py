@@ -108,6 +108,7 @@ CASES: dict[int, tuple[str, str]] = {
     30: ("a merge into a quantized base, or beyond what its type holds", """
         run/test_refusals: test_nothing_is_merged_into_a_quantized_base
         run/test_merge: test_weights_that_the_type_cannot_hold_are_refused
+        run/test_merge: test_a_type_that_changes_the_answers_is_refused
         run/test_merge: test_the_merged_model_answers_the_same_and_plain_transformers_loads_it"""),
     31: ("a GGUF file that is broken or none", """
         models/test_gguf: test_a_file_cut_short_is_told test_garbage_is_told

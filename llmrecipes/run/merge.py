@@ -45,7 +45,7 @@ def merge(loaded: Loaded[MergingConfig], config_path: str | None) -> int:
     inputs = (config.model_name, config.peft_model)
     folder = check_output_dir(config.output_dir, config.overwrite_output_dir, inputs)
     tokenizer = answering_tokenizer(options, source)
-    merged = merged_model(options, source, getattr(torch, config.dtype))
+    merged, divergence = merged_model(options, source, getattr(torch, config.dtype), tokenizer)
 
     def write(target: Path) -> None:
         save_weights(merged, target)
@@ -58,22 +58,51 @@ def merge(loaded: Loaded[MergingConfig], config_path: str | None) -> int:
     write_into(folder, write)
     for notice in (*notices, *storage_notices(adapter_folder)):
         print(f"note: {notice}", file=sys.stderr)
-    print(f"merged model ({config.dtype}) in {folder}")
+    print(f"merged model ({config.dtype}) in {folder}; its KL divergence from base and adapter: {divergence:.1e}")
     print("try it:\n  " + command_line(["python", "-m", "llmrecipes.inference", "--model_name", str(folder)]))
     return 0
 
 
-def merged_model(options: InferenceConfig, source: str, dtype: torch.dtype) -> Any:
-    """Returns base plus adapter as a plain model; raises `ModelError` where the sum does not fit the type."""
+PROBE = (
+    "The quick brown fox jumps over the lazy dog. 12 + 7 = 19, and 60 - 6 = 54. Amanda: I baked cookies. Do you want "
+    "some? Jerry: Sure! Amanda: I'll bring you some tomorrow :-) def double(x): return 2 * x"
+)
+"""What base with adapter and the merged model are both asked to go on with, at each token."""
+
+MOST_DIVERGENCE = 0.1
+"""Nats a token that a merged model may be off: rounding a 135M model to bfloat16 costs a thousandth."""
+
+
+def merged_model(options: InferenceConfig, source: str, dtype: torch.dtype, tokenizer: Any) -> tuple[Any, float]:
+    """Returns base plus adapter as a plain model, and its divergence, a mean over the probe's tokens.
+
+    Raises `ModelError` where the sum does not fit the type, or answers differently in it.
+    """
     precision = Precision(torch.device("cpu"), torch.float32, torch.float32, loss_scaling=False)
     base = load_model(options, source, precision)
     untie(base, check_adapter_folder(local_path(str(options.peft_model)), "peft_model"))
     model = load_adapter(base, str(options.peft_model), "peft_model")
-    merged = model.merge_and_unload().to(dtype)
+    ids = torch.tensor([tokenizer(PROBE)["input_ids"]])
+    expected = log_probabilities(model, ids)
+    merged = model.merge_and_unload()
     for name, parameter in merged.named_parameters():
+        parameter.data = parameter.data.to(dtype).float()  # rounded as it will be saved, computed as before
         if not torch.isfinite(parameter).all():
             raise ModelError(f"--dtype: {name} overflows {dtype}; choose bfloat16 or float32")
-    return merged
+    divergence = float((expected.exp() * (expected - log_probabilities(merged, ids))).sum(1).mean())
+    if not divergence <= MOST_DIVERGENCE:
+        raise ModelError(
+            f"--dtype {str(dtype).removeprefix('torch.')}: the merged model is {divergence:.2g} nats a token off base "
+            f"and adapter (at most {MOST_DIVERGENCE}); choose float32, or use the adapter as it is, with --peft_model"
+        )
+    return merged.to(dtype), divergence
+
+
+@torch.inference_mode()
+def log_probabilities(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Returns the logarithms of what a model says next, float32 [tokens, vocabulary], of ids [1, tokens]."""
+    logits: torch.Tensor = model.eval()(input_ids=ids).logits[0]
+    return logits.log_softmax(1)
 
 
 def untie(model: Any, adapter: Mapping[str, Any]) -> None:

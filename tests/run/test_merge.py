@@ -1,6 +1,7 @@
 """Laws of merging: the merged model answers as base and adapter did, and is a plain folder for everyone."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -167,3 +168,20 @@ def test_a_merged_model_is_replaced_only_when_told_and_only_if_it_is_one(
     with pytest.raises(ConfigError, match="holds files that no run wrote"):
         merge(tuned, tmp_path / "somebody's", overwrite_output_dir="true")
     assert (tmp_path / "somebody's" / "model.safetensors").is_file()
+
+
+def test_a_type_that_changes_the_answers_is_refused(
+    merge: Command, model_folder: Path, tuned: Path, tmp_path: Path, capsys: Printed
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(model_folder, base)
+    weights = load_file(base / "model.safetensors")
+    weights["lm_head.weight"] += 300  # all logits alike, which says nothing; rounded to 8 bits it hides what does
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    flags = {"model_name": str(base), "allow_base_mismatch": True}
+    with pytest.raises(ModelError, match=r"--dtype bfloat16: .* nats a token off .*; choose float32"):
+        merge(tuned, tmp_path / "out", dtype="bfloat16", **flags)
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    assert merge(tuned, tmp_path / "out", dtype="float32", **flags) == 0
+    told = capsys.readouterr().out
+    assert float(told.split("base and adapter: ")[1].split()[0]) < 1e-3
