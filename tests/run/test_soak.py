@@ -5,6 +5,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -222,3 +224,40 @@ def test_two_thousand_steps_of_mixed_faults(
     skipped = [record["rows"] for record in records if record.get("skipped")]
     assert len(skipped) == steps // 10 and all(13 in rows for rows in skipped)
     told(f"mixed: {steps} steps, {len(skipped)} skipped, {dict(ends)}; {time.perf_counter() - began:.0f} s; equal")
+
+
+QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+DEMO_MODEL = Path(os.environ.get("DEMO_MODEL", "models/SmolLM2-135M-Instruct.Q4_1.gguf")).absolute()
+
+
+@pytest.mark.skipif(not DEMO_MODEL.is_file(), reason="the demo model is not there: make quickstart, or set DEMO_MODEL")
+def test_an_interrupted_quickstart_is_the_undisturbed_one(tmp_path: Path, told: Callable[[str], None]) -> None:
+    steps = rounds(60)
+
+    def command(folder: str) -> list[str]:
+        flags = {
+            "config": QUICKSTART, "model_name": DEMO_MODEL, "output_dir": folder, "max_train_step": steps,
+            "arithmetic_dataset.data_path": "data", "save_steps": 10, "max_eval_step": 2, "resume": "auto",
+        }  # fmt: skip
+        words = [f"--{name}={value}" for name, value in flags.items()]
+        return [sys.executable, "-m", "llmrecipes.finetuning", *words]
+
+    subprocess.run([sys.executable, "-m", "llmrecipes.data", "create", "arithmetic", "--output_dir=data"],
+                   cwd=tmp_path, check=True)  # fmt: skip
+    began = time.perf_counter()
+    subprocess.run(command("whole"), cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
+    whole = time.perf_counter() - began
+    draw, kills = random.Random(1), 0
+    while True:
+        run = subprocess.Popen(command("cut"), cwd=tmp_path, stdout=subprocess.DEVNULL)
+        try:
+            code = run.wait(draw.uniform(0.4, 0.8) * whole if kills < 2 else None)
+        except subprocess.TimeoutExpired:
+            run.kill()
+            code = run.wait()
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+        kills += 1
+    assert_equal(tmp_path / "cut", tmp_path / "whole")
+    told(f"quickstart, {steps} steps of the real model: {kills} kills -9, equal to the bit; {whole:.0f} s undisturbed")
