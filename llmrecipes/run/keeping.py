@@ -22,7 +22,15 @@ from llmrecipes.precision import Precision, device_name
 from llmrecipes.reports.trackers import METRICS_FILE
 from llmrecipes.run.checkpoints import Checkpoints, versions
 from llmrecipes.run.manifest import flush
-from llmrecipes.run.output import ResultWriter, claim_output_dir, disk_told, is_whole, remove_folder, write_file
+from llmrecipes.run.output import (
+    ResultWriter,
+    check_still_new,
+    claim_output_dir,
+    disk_told,
+    is_whole,
+    remove_folder,
+    write_file,
+)
 from llmrecipes.run.resuming import (
     Origin,
     base_fingerprint,
@@ -56,6 +64,8 @@ class Keeper:
         """where the run is; kept up to date by the training loop"""
         self.origin: Origin | None = None
         self._lock = RunLock()
+        self._new = False
+        """whether the folder was not there when this run began"""
         self._checkpoints: Checkpoints | None = None
         self._random: Mapping[str, Any] | None = None
         self._status: Status | None = None
@@ -73,7 +83,8 @@ class Keeper:
     def open(self, folder: Path) -> str | None:
         """Takes a folder that is there and finds what to go on from; returns why there is nothing to do, or None."""
         with disk_told(folder):
-            if folder.is_dir():
+            self._new = not folder.is_dir()
+            if not self._new:
                 self._lock.acquire(folder)
         done = finished_text(self.config, folder)
         self.origin = None if done else find_origin(self.config, folder)
@@ -95,9 +106,10 @@ class Keeper:
     def _claim(self, folder: Path, loaded: Loaded[RunConfig], values: Mapping[str, object]) -> None:
         origins = {key: "default" if key in ASKED_ONCE else origin for key, origin in loaded.origins.items()}
         settings = run_yaml(replace(loaded, origins=origins), values)
-        if not folder.is_dir():
-            claim_output_dir(folder, "run.yaml", settings)
+        folder.mkdir(parents=True, exist_ok=True)
         self._lock.acquire(folder)
+        if self._new:
+            check_still_new(folder)
         if self.origin is None or self.origin.folder.parent.resolve() != folder.resolve():
             claim_output_dir(folder, "run.yaml", settings)
         else:

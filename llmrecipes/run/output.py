@@ -90,6 +90,15 @@ def claim_output_dir(folder: Path, mark: str, settings: str) -> None:
         raise ConfigError(f"--output_dir {folder}: cannot be written to ({error.strerror})") from None
 
 
+def check_still_new(folder: Path) -> None:
+    """Raises `ConfigError` where another run made a folder its own after this one had found it missing."""
+    if _held(folder, MARKS):
+        raise ConfigError(
+            f"--output_dir {folder}: another run began in it after this one; name another folder, or go on with it "
+            "(--resume auto)"
+        )
+
+
 def _check_contents(folder: Path, path: str, overwrite: bool) -> None:
     """Raises `ConfigError` where a folder holds what no run wrote, or a run that is not to be replaced."""
     foreign = set(folder.glob("*")) - _held(folder, OURS if _held(folder, MARKS) else (".tmp-*", LOCK_FILE))

@@ -36,19 +36,23 @@ class RunLock:
             import fcntl
         except ImportError:  # Windows
             return
-        file = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            holder = os.read(file, 100).decode(errors="replace").strip()
-            os.close(file)
-            raise ConfigError(
-                f"--output_dir {folder}: process {holder or 'unknown'} is writing to it; wait for it to end, or name "
-                "another folder"
-            ) from None
-        except OSError:  # a file system without locks
-            os.close(file)
-            return
+        while True:
+            file = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                holder = os.read(file, 100).decode(errors="replace").strip()
+                os.close(file)
+                raise ConfigError(
+                    f"--output_dir {folder}: process {holder or 'unknown'} is writing to it; wait for it to end, or "
+                    "name another folder"
+                ) from None
+            except OSError:  # a file system without locks
+                os.close(file)
+                return
+            if _is_file(file, folder / LOCK_FILE):
+                break
+            os.close(file)  # its holder took it away between our opening and locking it: the next run makes another
         os.truncate(file, 0)
         os.write(file, f"{os.getpid()} on {socket.gethostname()}\n".encode())
         self._path, self._file = folder / LOCK_FILE, file
@@ -60,6 +64,14 @@ class RunLock:
                 self._path.unlink(missing_ok=True)
             os.close(self._file)
             self._file = None
+
+
+def _is_file(number: int, path: Path) -> bool:
+    """Returns whether an open file is still the one of that name."""
+    try:
+        return os.path.samestat(os.fstat(number), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 class Status:
