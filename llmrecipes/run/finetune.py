@@ -315,7 +315,7 @@ def run_training(
         except TrainingError as error:
             with suppress(ConfigError):  # steps that were skipped never reached these weights
                 keeper.checkpoint(place)
-                writer("last")
+                writer("last", place)
             saw = box.write(writer.folder, writer.model, writer.tokenizer, updater, error)
             raise TrainingError(f"{error}{saw}") from None
         report({"kind": "end", "step": result.steps, "stopped": result.stopped, "best_loss": result.best_loss})

@@ -27,7 +27,6 @@ from llmrecipes.run.output import (
     check_still_new,
     claim_output_dir,
     disk_told,
-    is_whole,
     remove_folder,
     write_file,
 )
@@ -115,6 +114,8 @@ class Keeper:
         else:
             rewind_metrics(folder, self.origin)
             write_file(folder / "run.yaml", settings)
+        assert self._checkpoints is not None
+        self._checkpoints.find_best(self.place)
         self._status = Status(folder)
         self.told("running")
 
@@ -125,10 +126,6 @@ class Keeper:
         restore(writer.model, updater, self.origin)
         self._random = generators(updater.precision.device)
         self.place = self.origin.place
-        here = self.origin.folder.parent.resolve() == writer.folder.resolve()
-        writer.holds_best = self.place.best_step > 0 and here and is_whole(writer.folder)
-        if not writer.holds_best:  # the best weights are not here, so what comes now begins at none
-            self.place.best_loss, self.place.best_step = Place.best_loss, 0
 
     def restore_random(self, device: torch.device) -> None:
         """Puts the random generators back, after all that might have drawn from them on the way to the first step."""

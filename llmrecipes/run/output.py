@@ -1,5 +1,6 @@
 """The folder a run writes: the result at its root, `last/` and `step-N/` beside it, each whole or not at all."""
 
+import math
 import os
 import shlex
 import shutil
@@ -15,6 +16,7 @@ from llmrecipes.errors import ConfigError
 from llmrecipes.models.folders import local_path
 from llmrecipes.prompt_contract import PromptContract
 from llmrecipes.run.manifest import MANIFEST, ManifestError, check_folder, flush, seal
+from llmrecipes.training.state import Place
 
 MARKS = ("run.yaml", "merging.yaml")
 """Settings that every run, and every merging, writes first: what holds one of them is ours to replace."""
@@ -258,14 +260,15 @@ class ResultWriter:
     enabled: bool = True
     holds_best: bool = False
 
-    def __call__(self, name: str) -> None:
+    def __call__(self, name: str, place: Place) -> None:
         """Writes the result under a name of the training loop's, `best` or `last`."""
         if not self.enabled:
             return
+        about = about_best(place) if name == "best" else {"kind": "result", "step": place.step}
         if name == "best" or not self.holds_best:
-            write_into(self.folder, self.write, {"kind": "result"})
+            write_into(self.folder, self.write, about)
         else:
-            write_folder(self.folder / name, self.write, {"kind": "result"})
+            write_folder(self.folder / name, self.write, about)
         self.holds_best = self.holds_best or name == "best"
 
     def write(self, folder: Path) -> None:
@@ -273,6 +276,12 @@ class ResultWriter:
         save_weights(self.model, folder)
         self.tokenizer.save_pretrained(str(folder))
         self.contract.save(folder)
+
+
+def about_best(place: Place) -> dict[str, Any]:
+    """Returns what the manifest of the best result of a run at `place` tells, so that a run knows it again."""
+    loss = place.best_loss if math.isfinite(place.best_loss) else None
+    return {"kind": "result", "step": place.best_step, "eval_loss": loss}
 
 
 def save_weights(model: Any, folder: Path) -> None:

@@ -128,6 +128,27 @@ def test_going_back_sets_newer_checkpoints_aside(
     assert curve(tmp_path / "out") == curve(undisturbed("lora with dropout"))
 
 
+@pytest.mark.parametrize("eval_steps", [0, 2])
+def test_going_back_leaves_no_result_of_a_future_that_never_came(
+    eval_steps: int, finetune: Command, tmp_path: Path, records: Records
+) -> None:
+    flags = {**DROPOUT, "eval_steps": eval_steps, "save_steps": 4, "lr": 0.05}
+    assert forked(lambda: finetune(tmp_path / "out", **flags)) == 0
+    result = lambda: json.loads((tmp_path / "out" / "manifest.json").read_text())  # noqa: E731
+    losses = lambda: {one["step"]: one["eval_loss"] for one in records(tmp_path / "out", "evaluation")}  # noqa: E731
+    assert (result()["step"], result()["eval_loss"]) == (9, losses()[9])
+    flags |= {"resume": tmp_path / "out" / "step-000008", "resume_allow_changes": True}
+    flags |= {"lr": 1e6, "lr_scheduler": "constant", "warmup_steps": 0}
+    assert forked(lambda: finetune(tmp_path / "out", **flags)) == 0
+    assert min(losses(), key=losses().get) == (8 if eval_steps else 6)  # then all went wrong
+    assert result()["eval_loss"] == losses()[result()["step"]]
+    if eval_steps:
+        best = tmp_path / "out" / "step-000008" / "adapter_model.safetensors"
+        assert result()["step"] == 8 and weights(tmp_path / "out")["adapter_model.safetensors"] == best.read_bytes()
+    else:  # the weights of step 6 are in no checkpoint
+        assert result()["step"] == 9
+
+
 def test_checkpoints_are_pruned_but_not_the_one_gone_on_from(finetune: Command, tmp_path: Path) -> None:
     flags = {**DROPOUT, "save_steps": 1, "run_validation": False, "lr_scheduler": "constant"}
     names = lambda: [path.name for path in checkpoints(tmp_path / "out")]  # noqa: E731
