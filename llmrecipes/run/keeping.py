@@ -17,9 +17,11 @@ from llmrecipes.config.schema import RunConfig
 from llmrecipes.config.show import run_yaml
 from llmrecipes.data.fingerprint import order_fingerprint, samples_fingerprint
 from llmrecipes.data.loaders import Loader
+from llmrecipes.models.folders import local_path
 from llmrecipes.plugins import Plugin, shipped_folder
 from llmrecipes.precision import Precision, device_name
 from llmrecipes.reports.trackers import METRICS_FILE
+from llmrecipes.run.blackbox import FOLDER as BLACK_BOX
 from llmrecipes.run.checkpoints import Checkpoints, versions
 from llmrecipes.run.manifest import flush
 from llmrecipes.run.output import (
@@ -94,8 +96,11 @@ class Keeper:
         if self.origin is None:
             return []
         told = check_same_run(self.config, self.origin, describe(self.origin.place.epoch))
-        place = self.origin.place
-        return [f"goes on from {self.origin.folder}, behind step {place.step}", *self.origin.told, *told]
+        goes_on = f"goes on from {self.origin.folder}, behind step {self.origin.place.step}"
+        folder = local_path(self.config.output_dir)
+        box = self._is_of(folder) and (folder / BLACK_BOX).is_dir()
+        aside = [f"the {BLACK_BOX} of the run before is set aside"] if box else []
+        return [goes_on, *self.origin.told, *told, *aside]
 
     def claim(self, folder: Path, loaded: Loaded[RunConfig], values: Mapping[str, object]) -> None:
         """Makes the folder this run's own: emptied of an older run, or rewound to the checkpoint."""
@@ -109,7 +114,7 @@ class Keeper:
         self._lock.acquire(folder)
         if self._new:
             check_still_new(folder)
-        if self.origin is None or self.origin.folder.parent.resolve() != folder.resolve():
+        if self.origin is None or not self._is_of(folder):
             claim_output_dir(folder, "run.yaml", settings)
         else:
             rewind_metrics(folder, self.origin)
@@ -118,6 +123,10 @@ class Keeper:
         self._checkpoints.find_best(self.place)
         self._status = Status(folder)
         self.told("running")
+
+    def _is_of(self, folder: Path) -> bool:
+        """Returns whether the checkpoint is one of this folder."""
+        return self.origin is not None and self.origin.folder.parent.resolve() == folder.resolve()
 
     def restore(self, writer: ResultWriter, updater: Updater) -> None:
         """Puts back what the checkpoint holds, where there is one to go on from."""

@@ -6,7 +6,7 @@ What is kept of a parameter is its own name, so that it finds its way back howev
 import math
 import random
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -42,10 +42,13 @@ class Place:
 
     @classmethod
     def of(cls, plain: Mapping[str, Any]) -> "Place":
-        """Returns what `plain` was made of."""
+        """Returns what `plain` was made of; raises where it cannot have been made so."""
         numbers: dict[str, Any] = {}
-        for name, value in plain.items():
-            numbers[name] = float.fromhex(value) if isinstance(value, str) else value
+        for item in fields(cls):
+            value = plain[item.name]
+            if item.type is int and (type(value) is not int or value < 0):
+                raise ValueError(f"{item.name} is {value!r}")
+            numbers[item.name] = value if item.type is int else float.fromhex(value)
         return cls(**numbers)
 
 

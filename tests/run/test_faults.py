@@ -171,6 +171,8 @@ def test_three_in_a_row_end_the_run_with_a_checkpoint_and_a_black_box(
     # Behind the sick samples it goes on, as it would have with a larger --max_skipped_steps.
     flags |= poisoned(tmp_path)
     assert forked(lambda: finetune(tmp_path / "out", **{**flags, "resume_allow_changes": True})) == 0
+    assert "the black-box of the run before is set aside" in capfd.readouterr().out
+    assert not box.exists() and check_folder(tmp_path / "out" / "set-aside-black-box")
     flags |= poisoned(tmp_path, 5, 6, 7)
     assert forked(lambda: finetune(tmp_path / "patient", **{**flags, "max_skipped_steps": 4})) == 0
     assert curve(tmp_path / "out") == curve(tmp_path / "patient")

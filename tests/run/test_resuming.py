@@ -15,8 +15,9 @@ from llmrecipes.config.loading import leaves_of
 from llmrecipes.config.schema import RunConfig
 from llmrecipes.errors import ConfigError
 from llmrecipes.run.checkpoints import checkpoints
-from llmrecipes.run.manifest import check_folder, seal
-from llmrecipes.run.resuming import FREE
+from llmrecipes.run.manifest import ManifestError, check_folder, seal
+from llmrecipes.run.resuming import FREE, read_trainer
+from llmrecipes.training.state import Place
 
 Command = Callable[..., int]
 Records = Callable[..., list[dict[str, Any]]]
@@ -299,6 +300,13 @@ def cut(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-7])
 
 
+def unwritten(folder: Path) -> None:
+    trainer = json.loads((folder / "trainer.json").read_text())
+    (folder / "trainer.json").write_text(json.dumps({**trainer, "metrics_bytes": "many"}))
+    (folder / "manifest.json").unlink()
+    seal(folder, {"kind": "checkpoint"})
+
+
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "flipped": (flipped, "trainer.safetensors is not what was written (its SHA-256 differs)"),
     "cut": (cut, "were written"),
@@ -307,6 +315,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         "no manifest.json, so it was never finished",
     ),
     "no manifest": (lambda folder: (folder / "manifest.json").unlink(), "no manifest.json"),
+    "trainer.json": (unwritten, "its trainer.json cannot be gone on by (TypeError: metrics_bytes is no int)"),
     "no file": (lambda folder: (folder / "trainer.json").unlink(), "trainer.json is missing"),
 }
 
@@ -344,6 +353,45 @@ def test_where_no_checkpoint_is_whole_nothing_is_touched(
     assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
 
 
+def place(**changes: Any) -> dict[str, Any]:
+    return {"place": {**Place().plain(), "step": 8, **changes}}
+
+
+def state(**changes: Any) -> dict[str, Any]:
+    kept = {"updater": {"skipped_in_a_row": 0, "halvings": 0}, "optimizer": {"map": []}, "groups": {"list": []}}
+    return {"state": {**kept, "random": {"map": []}, **changes}}
+
+
+MALFORMED: dict[str, tuple[dict[str, Any], str]] = {
+    "bytes": ({"metrics_bytes": "many"}, "metrics_bytes is no int"),
+    "truth": ({"metrics_bytes": True}, "metrics_bytes is no int"),
+    "settings": ({"settings": []}, "settings is no dict"),
+    "order": ({"order": None}, "order is no str"),
+    "no place": ({"place": {}}, "KeyError: 'step'"),
+    "another step": (place(step=6), "it is of step 6"),
+    "step": (place(step="0x1p3"), "step is '0x1p3'"),
+    "window": (place(window=-1), "window is -1"),
+    "epoch": (place(epoch=None), "epoch is None"),
+    "loss": (place(best_loss="low"), "invalid hexadecimal"),
+    "great loss": (place(best_loss="0x1p99999"), "hexadecimal value too large"),
+    "state": (state(updater=[]), "TypeError"),
+    "halvings": (state(updater={"skipped_in_a_row": 0, "halvings": "1"}), "halvings is no int"),
+    "tensor": (state(optimizer={"tensor": "optimizer/none", "host": False}), "KeyError: 'optimizer/none'"),
+    "kind": (state(random={"map": [], "list": []}), "ValueError"),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_a_trainer_file_that_no_run_wrote_is_no_checkpoint(name: str, stopped: Path, tmp_path: Path) -> None:
+    changes, reason = MALFORMED[name]
+    shutil.copytree(stopped / "step-000004", tmp_path / "step-000008")
+    path = tmp_path / "step-000008" / "trainer.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **place(), **changes}))
+    with pytest.raises(ManifestError) as caught:
+        read_trainer(tmp_path / "step-000008")
+    assert str(caught.value).startswith("its trainer.json cannot be gone on by (") and reason in str(caught.value)
+
+
 def test_a_hostile_checkpoint_runs_nothing(
     finetune: Command, stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -361,7 +409,7 @@ def test_a_hostile_checkpoint_runs_nothing(
             seal(folder, {"kind": "checkpoint"})
         assert guarded(lambda name=name: finetune(tmp_path / name, **DROPOUT)) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith(f"error: --resume {tmp_path / name}") and len(line) < 500
+        assert line.startswith("error: --resume auto: none of the checkpoints in ") and len(line) < 700
 
 
 def test_a_resume_that_names_nothing(
@@ -423,6 +471,23 @@ def test_going_back_twice_leaves_no_newer_checkpoint_in_place(
         assert forked(lambda flags=flags: finetune(tmp_path / "out", **flags)) == 0
         assert (tmp_path / "out" / name).is_dir()
     assert curve(tmp_path / "out") == curve(undisturbed("lora with dropout"))
+
+
+def test_what_was_set_aside_is_gone_on_with_in_another_folder_only(
+    finetune: Command, undisturbed: Callable[[str], Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(undisturbed("lora with dropout"), tmp_path / "out")
+    back = {**DROPOUT, "resume": tmp_path / "out" / "step-000006"}
+    assert forked(lambda: finetune(tmp_path / "out", **back)) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    capfd.readouterr()
+    aside = {**DROPOUT, "resume": tmp_path / "out" / "set-aside-step-000008"}
+    assert forked(lambda: guarded(lambda: finetune(tmp_path / "out", **aside))) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"error: --resume {aside['resume']}: ") and "in a new --output_dir" in line
+    assert forked(lambda: finetune(tmp_path / "new", **aside)) == 0
+    assert curve(tmp_path / "new")[0] == next(one for one in curve(tmp_path / "out") if one[:2] == ("step", 9))
+    assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
 
 
 def test_a_lost_run_yaml_does_not_keep_a_run_from_going_on(
