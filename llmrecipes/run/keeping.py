@@ -35,10 +35,11 @@ from llmrecipes.run.output import (
 from llmrecipes.run.resuming import (
     Origin,
     base_fingerprint,
+    changed,
     check_same_run,
     compared_settings,
     find_origin,
-    finished_text,
+    finished_run,
     named_inputs,
     restore,
     rewind_metrics,
@@ -64,12 +65,15 @@ class Keeper:
         self.place = Place()
         """where the run is; kept up to date by the training loop"""
         self.origin: Origin | None = None
+        self._finished: Mapping[str, Any] | None = None
+        """status.json of the run in the folder, where that is done and its settings are this one's"""
         self._lock = RunLock()
         self._new = False
         """whether the folder was not there when this run began"""
         self._checkpoints: Checkpoints | None = None
         self._random: Mapping[str, Any] | None = None
         self._status: Status | None = None
+        self._describe: Describe | None = None
 
     def __enter__(self) -> "Keeper":
         self.stop.__enter__()
@@ -81,15 +85,25 @@ class Keeper:
             self._status.failed(error)
         self._lock.release()
 
-    def open(self, folder: Path) -> str | None:
-        """Takes a folder that is there and finds what to go on from; returns why there is nothing to do, or None."""
+    def open(self, folder: Path) -> None:
+        """Takes a folder that is there and finds what to go on from, unless the run in it seems to be done."""
         with disk_told(folder):
             self._new = not folder.is_dir()
             if not self._new:
                 self._lock.acquire(folder)
-        done = finished_text(self.config, folder)
-        self.origin = None if done else find_origin(self.config, folder)
-        return done
+        self._finished = finished_run(self.config, folder)
+        self.origin = None if self._finished else find_origin(self.config, folder)
+
+    def finished(self, describe: Describe) -> bool:
+        """Returns whether the run is done, with today's data and programs, and says so; else finds its checkpoint."""
+        if self._finished is None:
+            return False
+        folder = local_path(self.config.output_dir)
+        if changed({**self._finished, "order": None}, {**describe(0), "order": None}):
+            self.origin = find_origin(self.config, folder)
+            return False
+        print(f"the run in {folder} is done ({self._finished.get('step')} steps); nothing to go on with")
+        return True
 
     def notices(self, describe: Describe) -> list[str]:
         """Returns what the plan says of going on; raises `ConfigError` where this is another run."""
@@ -150,6 +164,7 @@ class Keeper:
                 flush(metrics)
             return {**describe(epoch), "metrics_bytes": metrics.stat().st_size if metrics.is_file() else 0}
 
+        self._describe = describe
         origin = self.origin.folder if self.origin else None
         self._checkpoints = Checkpoints(writer, updater, described, self.config.keep_last, origin)
         if writer.enabled:
@@ -177,8 +192,10 @@ class Keeper:
     def told(self, state: str, **facts: Any) -> None:
         """Writes status.json."""
         if self._status is not None:
-            inputs = named_inputs(self.config)
-            self._status.update(state, settings=compared_settings(self.config), inputs=inputs, **facts)
+            assert self._describe is not None
+            known = self._describe(self.place.epoch)
+            ran = {name: known[name] for name in ("settings", "samples", "base", "plugins")}
+            self._status.update(state, inputs=named_inputs(self.config), **ran, **facts)
 
 
 def plugin_hashes(functions: Iterable[object]) -> dict[Path, str]:

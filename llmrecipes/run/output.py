@@ -127,7 +127,7 @@ def _held(folder: Path, patterns: Sequence[str]) -> set[Path]:
     return {item for pattern in patterns for item in folder.glob(pattern)}
 
 
-def write_folder(folder: Path, write: Callable[[Path], None], about: Mapping[str, Any] | None = None) -> None:
+def write_folder(folder: Path, write: Callable[[Path], object], about: Mapping[str, Any] | None = None) -> None:
     """Lets `write` fill a new folder and puts it, sealed by a manifest, in the place of `folder`.
 
     Whatever happens, the old folder or the new one is whole; `tidy` ends what was broken off between the two.
@@ -144,7 +144,7 @@ def write_folder(folder: Path, write: Callable[[Path], None], about: Mapping[str
         _remove_if_there(aside)
 
 
-def write_into(folder: Path, write: Callable[[Path], None], about: Mapping[str, Any] | None = None) -> None:
+def write_into(folder: Path, write: Callable[[Path], object], about: Mapping[str, Any] | None = None) -> None:
     """Lets `write` fill a new folder and moves its files into `folder`, the manifest last; others stay.
 
     From the moment when the new folder is called `PENDING` its files count, and `tidy` moves what is left of them.
@@ -206,7 +206,7 @@ def _move_pending(folder: Path) -> None:
     pending.rmdir()
 
 
-def _written(temporary: Path, write: Callable[[Path], None], about: Mapping[str, Any] | None) -> None:
+def _written(temporary: Path, write: Callable[[Path], object], about: Mapping[str, Any] | None) -> None:
     with disk_told(temporary.parent):
         _remove_if_there(temporary)
         temporary.mkdir(parents=True)

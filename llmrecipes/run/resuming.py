@@ -105,14 +105,12 @@ def find_origin(config: RunConfig, folder: Path) -> Origin | None:
     return found
 
 
-def finished_text(config: RunConfig, folder: Path) -> str | None:
-    """Returns that the run in a folder is done, where it is and the settings are still its own; else None."""
+def finished_run(config: RunConfig, folder: Path) -> dict[str, Any] | None:
+    """Returns the status of the run in a folder, where that is done and had the same settings, else None."""
     asked = config.resume == "auto" and not config.overwrite_output_dir
     status = read_status(folder) if asked else {}
     same = (compared_settings(config), named_inputs(config))
-    if status.get("state") != "done" or (status.get("settings"), status.get("inputs")) != same:
-        return None
-    return f"the run in {folder} is done ({status.get('step')} steps); nothing to go on with"
+    return status if status.get("state") == "done" and (status.get("settings"), status.get("inputs")) == same else None
 
 
 def read_trainer(folder: Path) -> dict[str, Any]:

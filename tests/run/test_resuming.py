@@ -106,6 +106,32 @@ def test_a_run_that_is_done_is_left_alone(
     assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
 
 
+def test_a_run_is_not_done_where_its_data_or_program_is_another(
+    finetune: Command, sums_file: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    data, program = tmp_path / "data.txt", tmp_path / "mine.py"
+    data.write_text("7")
+    program.write_text(
+        Path(sums_file.rsplit(":", 1)[0])
+        .read_text()
+        .replace("for a, b in pairs", "for a, b in [*pairs, (7, answer())]")
+        + f"\n\ndef answer():\n    return int(open({str(data)!r}).read())\n"
+    )
+    flags = {**DROPOUT, "custom_dataset.file": f"{program}:sums"}
+    again = lambda: forked(lambda: guarded(lambda: finetune(tmp_path / "out", **flags)))  # noqa: E731
+    assert again() == 0 and again() == 0
+    assert "nothing to go on with" in capfd.readouterr().out
+    edits = {data: ("8", "other training data"), program: (program.read_text() + "#", "the plug-in mine.py was edited")}
+    for file, (content, told) in edits.items():
+        before = file.read_text()
+        file.write_text(content)
+        assert again() == 2
+        (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert "this is another run: " in line and told in line
+        file.write_text(before)
+    assert again() == 0
+
+
 def test_a_run_goes_on_in_another_folder_from_a_checkpoint_that_is_named(
     finetune: Command, undisturbed: Callable[[str], Path], tmp_path: Path
 ) -> None:
