@@ -149,11 +149,18 @@ def named_inputs(config: RunConfig) -> dict[str, str]:
 
 
 def check_same_run(config: RunConfig, origin: Origin, description: Mapping[str, Any]) -> list[str]:
-    """Raises `ConfigError` with every difference between a run and its checkpoint, unless they are allowed.
+    """Raises `ConfigError` with every difference between a run and its checkpoint, unless they can be and are allowed.
 
     Returns notices: the differences that are.
     """
     changes = changed(origin.trainer, description)
+    if origin.trainer["order"] != description["order"]:
+        way = "--from_peft_checkpoint" if config.use_peft else "--model_name"
+        raise ConfigError(
+            f"--resume {origin.folder}: this is another run: {'; '.join(changes)}; its place in the data is counted in "
+            "the steps that it had, so that --resume_allow_changes does not help: set them back, or begin a new run "
+            f"with its weights ({way} {origin.folder})"
+        )
     if changes and not config.resume_allow_changes:
         raise ConfigError(
             f"--resume {origin.folder}: this is another run: {'; '.join(changes)}; set them back, or go on with them "
@@ -176,7 +183,8 @@ def changed(trainer: Mapping[str, Any], description: Mapping[str, Any]) -> list[
     texts = {
         "samples": "other training data (the file, the preprocessor or the tokenizer changed)",
         "base": "other weights of the base model",
-        "order": "other samples in a step (--batch_size_training times --gradient_accumulation_steps changed)",
+        "order": "other samples in a step (--batch_size_training times --gradient_accumulation_steps changed, or with "
+        "--group_by_length one of them)",
     }
     differ = [name for name in texts if trainer.get(name) != description[name]]
     if "samples" in differ or any(text.startswith(("seed ", "batching_", "context_")) for text in found):

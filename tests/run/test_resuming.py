@@ -246,7 +246,10 @@ OTHER: dict[str, tuple[dict[str, Any], str]] = {
     "rank": ({"lora_config.r": 4}, "lora_config.r 8 -> 4"),
     "batch": ({"batch_size_training": 2}, "other samples in a step (--batch_size_training times"),
     "data": ({"custom_dataset.train_split": "wrong"}, "other training data"),
+    "fewer data": ({"custom_dataset.train_split": "validation"}, "other training data"),
 }
+REORDERING = ("seed", "batch", "fewer data")
+"""What leaves no place in the epoch to go on from."""
 
 
 @pytest.mark.parametrize("name", OTHER)
@@ -259,7 +262,12 @@ def test_changes_are_listed_and_refused(
     assert guarded(lambda: finetune(tmp_path / "out", **{**DROPOUT, **flags})) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: --resume {tmp_path / 'out' / 'step-000004'}: this is another run: ")
-    assert message in line and line.endswith("with --resume_allow_changes")
+    checkpoint = tmp_path / "out" / "step-000004"
+    way = f"(--from_peft_checkpoint {checkpoint})" if name in REORDERING else "with --resume_allow_changes"
+    assert message in line and line.endswith(way)
+    if name in REORDERING:
+        assert guarded(lambda: finetune(tmp_path / "out", **{**DROPOUT, **flags, "resume_allow_changes": True})) == 2
+        assert capsys.readouterr().err == f"{line}\n"
     assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
 
 
@@ -290,10 +298,15 @@ def test_an_adapter_of_another_shape_does_not_fit(
     assert "what it holds does not fit this run (ValueError: " in line and "has the shape" in line
 
 
-def test_another_cut_of_the_same_step_is_the_same_run(finetune: Command, stopped: Path, tmp_path: Path) -> None:
+def test_another_cut_of_the_same_step_goes_on_with_the_same_samples(
+    finetune: Command, stopped: Path, undisturbed: Callable[[str], Path], records: Records, tmp_path: Path
+) -> None:
     shutil.copytree(stopped, tmp_path / "out")
     flags = {**DROPOUT, "batch_size_training": 2, "gradient_accumulation_steps": 2}
-    assert finetune(tmp_path / "out", **flags) == 0
+    assert forked(lambda: finetune(tmp_path / "out", **flags)) == 0
+    found, expected = (records(folder) for folder in (tmp_path / "out", undisturbed("lora with dropout")))
+    for name in ("step", "epoch", "useful_tokens", "supervised_tokens", "learning_rate"):
+        assert [step[name] for step in found] == [step[name] for step in expected]
 
 
 def test_an_edited_plugin_is_told(finetune: Command, sums_file: str, trackers: str, tmp_path: Path) -> None:
