@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llmrecipes.errors import ConfigError, LlmRecipesError, TrainingError
+from llmrecipes.reports.trackers import without_secrets
 from llmrecipes.run.output import LOCK_FILE, write_file
 from llmrecipes.run.stopping import EXIT_STOPPED, StoppedEarlyError
 
@@ -99,7 +100,7 @@ class Status:
             return
         code = error.exit_code if isinstance(error, LlmRecipesError) else 1
         state = "unhealthy" if isinstance(error, TrainingError) else "failed"
-        self.update(state, exit_code=code, message=" ".join(str(error).split())[:500])
+        self.update(state, exit_code=code, message=" ".join(without_secrets(str(error)).split())[:500])
 
 
 def read_status(folder: Path) -> dict[str, Any]:
