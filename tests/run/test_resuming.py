@@ -537,3 +537,24 @@ def test_a_lost_run_yaml_does_not_keep_a_run_from_going_on(
     (tmp_path / "out" / "run.yaml").unlink()
     assert forked(lambda: finetune(tmp_path / "out", **flags)) == 0
     assert curve(tmp_path / "out") == curve(undisturbed("lora with dropout"))
+
+
+def test_a_collator_that_draws_in_data_workers_goes_on_to_the_bit(
+    finetune: Command, warm: None, sums_file: str, trackers: str, tmp_path: Path
+) -> None:
+    (tmp_path / "noisy.py").write_text(
+        Path(sums_file.rsplit(":", 1)[0]).read_text() + "\n\nimport random, torch\n\n"
+        "def get_data_collator(tokenizer):\n"
+        "    def collate(rows):\n"
+        "        width = max(len(row['input_ids']) for row in rows)\n"
+        "        fill = {'input_ids': 0, 'labels': -100, 'attention_mask': 0}\n"
+        "        made = {key: [row[key] + [fill[key]] * (width - len(row[key])) for row in rows] for key in fill}\n"
+        "        made['input_ids'] = [[random.choice(ids), *ids[1:]] for ids in made['input_ids']]\n"
+        "        return made\n"
+        "    return collate\n"
+    )
+    flags = {**DROPOUT, "custom_dataset.file": f"{tmp_path / 'noisy.py'}:sums", "num_workers_dataloader": 2}
+    assert forked(lambda: finetune(tmp_path / "whole", **flags)) == 0
+    assert forked(lambda: finetune(tmp_path / "out", report_to=f"{trackers}:at_4", **flags)) == 143
+    assert forked(lambda: finetune(tmp_path / "out", **{**flags, "num_workers_dataloader": 1})) == 0
+    assert curve(tmp_path / "out") == curve(tmp_path / "whole")
