@@ -53,7 +53,8 @@ from llmrecipes.training.updater import Updater
 ASKED_ONCE = ("resume", "resume_allow_changes", "overwrite_output_dir")
 """Keys that say how to begin, and so are no part of the run that run.yaml is to reproduce."""
 
-Describe = Callable[[int], Mapping[str, Any]]
+Describe = Callable[[int | None], Mapping[str, Any]]
+"""epoch -> what a run that goes on must find again; without an epoch, the order of samples in it is left open"""
 
 
 class Keeper:
@@ -99,7 +100,7 @@ class Keeper:
         if self._finished is None:
             return False
         folder = local_path(self.config.output_dir)
-        if changed({**self._finished, "order": None}, {**describe(0), "order": None}):
+        if changed(self._finished, describe(None)):
             self.origin = find_origin(self.config, folder)
             return False
         print(f"the run in {folder} is done ({self._finished.get('step')} steps); nothing to go on with")
@@ -193,9 +194,7 @@ class Keeper:
         """Writes status.json."""
         if self._status is not None:
             assert self._describe is not None
-            known = self._describe(self.place.epoch)
-            ran = {name: known[name] for name in ("settings", "samples", "base", "plugins")}
-            self._status.update(state, inputs=named_inputs(self.config), **ran, **facts)
+            self._status.update(state, inputs=named_inputs(self.config), **self._describe(None), **facts)
 
 
 def plugin_hashes(functions: Iterable[object]) -> dict[Path, str]:
@@ -214,21 +213,21 @@ def plugin_notices(functions: Iterable[object]) -> list[str]:
 def describer(
     config: RunConfig, loader: Loader, functions: Iterable[object], source: str, precision: Precision
 ) -> Describe:
-    """Returns a function: epoch -> what a run that goes on must find again. Each part is found out once."""
+    """Returns a function that tells what a run that goes on must find again. Each part is found out once."""
     hashes = plugin_hashes(functions)
     known: dict[str, Any] = {}
-    orders: dict[int, str] = {}
+    orders: dict[int | None, str] = {}
 
-    def describe(epoch: int) -> dict[str, Any]:
+    def describe(epoch: int | None) -> dict[str, Any]:
         if not known:
             known["settings"] = compared_settings(config)
             known["samples"] = samples_fingerprint(loader.samples)
             known["base"] = base_fingerprint(source, config.model_revision)
             known["plugins"] = {path.name: digest for path, digest in hashes.items()}
             known["versions"] = {**versions(), "device": device_name(precision.device)}
-        if epoch not in orders:
+        if epoch is not None and epoch not in orders:
             orders.clear()
             orders[epoch] = order_fingerprint(loader, epoch)
-        return {**known, "order": orders[epoch]}
+        return {**known, "order": orders.get(epoch)}
 
     return describe
