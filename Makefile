@@ -10,7 +10,7 @@ CHECKED := llmrecipes custom_datasets benchmarks
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help environment quickstart test soak lint format clean
+.PHONY: help environment quickstart test soak lint format lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +34,14 @@ lint: $(READY) ## ruff and mypy
 format: $(READY) ## let ruff put the code in order
 	$(VENV)/bin/ruff check --fix
 	$(VENV)/bin/ruff format
+
+# What PyPI's PyTorch for Linux needs of CUDA stands apart, so that a CPU build can do without.
+lock: $(READY) ## write the hashes of what constraints.txt pins into requirements.lock and requirements-cuda.lock
+	$(PIP) install -q uv
+	$(VENV)/bin/uv pip compile -q --universal --generate-hashes --no-annotate --custom-compile-command 'make lock' \
+		--python-version 3.11 --extra dev -c constraints.txt setup.cfg -o $(VENV)/locked.txt
+	awk '/^[^ ]/ { cuda = /^(cuda|nvidia)-/ } { print > (cuda ? "requirements-cuda.lock" : "requirements.lock") }' \
+		$(VENV)/locked.txt
 
 clean: ## remove what building, testing and linting left; keeps the environment, data, models and outputs
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -2,7 +2,8 @@
 
     python benchmarks/gpu.py                                   # all rows, some 6 minutes on an H200
     python benchmarks/gpu.py --rows samsum-bf16,samsum-4bit --steps 10
-    python benchmarks/gpu.py --rows packed-4bit --peers        # with transformers + peft beside it
+    python benchmarks/gpu.py --rows packed-4bit --peers        # beside it all that is installed of peers.py
+    python benchmarks/gpu.py --rows packed-4bit --peers trl,unsloth
     python benchmarks/gpu.py --rows single-4bit-small --activation_memory recompute      # any flag of the fine-tuning
 
 Each row is a process of its own: what the trainer does between model and update, by the trainer's own functions, on
@@ -18,9 +19,10 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
+from pathlib import Path
 from typing import Any
 
 import bitsandbytes
@@ -28,15 +30,17 @@ import numpy as np
 import peft
 import torch
 import transformers
+from peers import PEERS, Side, Work, as_if_trained, chosen_peers, peer_versions
 
 from llmrecipes.batch import Sample
-from llmrecipes.command import parse_flags
-from llmrecipes.config.loading import load_config
+from llmrecipes.command import guarded, parse_flags
+from llmrecipes.config.loading import BARE, load_config
 from llmrecipes.config.schema import RunConfig
 from llmrecipes.data.loaders import Loader
 from llmrecipes.environment import prepare_environment
 from llmrecipes.kernels.attention import document_layout
 from llmrecipes.models.adapters import attach_trained
+from llmrecipes.models.float8 import Float8Linear
 from llmrecipes.precision import Precision
 from llmrecipes.reports.memory import peak_memory_bytes
 from llmrecipes.run.measuring import ceiling
@@ -87,6 +91,7 @@ def packed(rows: int, tokens: int, accumulated: int = 1, **more: str) -> dict[st
 ROWS = {
     "samsum-bf16": Row("SAMSum, bf16", 0, LORA | packed(1, 16384)),
     "samsum-4bit": Row("SAMSum, NF4", 0, LORA | FOUR_BIT | packed(1, 16384)),
+    "samsum-fp8": Row("SAMSum, fp8", 0, LORA | {"quantization": "fp8"} | packed(1, 16384)),
     "packed-bf16": Row("4 x 4,096, bf16", 4096, LORA | packed(4, 4096)),
     "packed-4bit": Row("4 x 4,096, NF4", 4096, LORA | FOUR_BIT | packed(4, 4096)),
     "long-bf16": Row("1 x 16,384, bf16", 16384, LORA | packed(1, 16384)),
@@ -103,8 +108,9 @@ ROWS = {
 }  # fmt: skip
 
 
-def llama(config: RunConfig, precision: Precision) -> Any:
+def llama(config: RunConfig) -> Any:
     """Returns a model of Llama-2-7B's shape on the run's device, random weights, stored as the config says."""
+    precision = run_precision(config)
     described = transformers.LlamaConfig(**SHAPE)
     with torch.device("meta"):
         model: Any = transformers.LlamaForCausalLM(described)
@@ -116,13 +122,20 @@ def llama(config: RunConfig, precision: Precision) -> Any:
             made = made.fill_(1) if "norm" in name else made.normal_(std=0.02)
             setattr(module, kind, torch.nn.Parameter(made, requires_grad=False))
         if config.quantization and "layers" in name and isinstance(module, torch.nn.Linear):
-            store_in_4_bits(model, name, module, config)
+            model.set_submodule(name, in_8_bits(module) if config.quantization == "fp8" else in_4_bits(module, config))
     model.model.rotary_emb = rotary
     return model
 
 
-def store_in_4_bits(model: Any, name: str, linear: torch.nn.Linear, config: RunConfig) -> None:
-    """Puts a `Linear4bit` of the same weights in a linear layer's place."""
+def in_8_bits(linear: torch.nn.Linear) -> Float8Linear:
+    """Returns a `Float8Linear` of a linear layer's weights."""
+    made = Float8Linear(linear)
+    made.weight = made.stored(linear.weight.data)
+    return made
+
+
+def in_4_bits(linear: torch.nn.Linear, config: RunConfig) -> Any:
+    """Returns a `Linear4bit` of a linear layer's weights."""
     nested = config.quantization_config.use_double_quant
     library: Any = bitsandbytes.nn
     made = library.Linear4bit(
@@ -130,8 +143,7 @@ def store_in_4_bits(model: Any, name: str, linear: torch.nn.Linear, config: RunC
     )
     weight = library.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=nested)
     made.weight = weight.to(linear.weight.device)
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, made)
+    return made
 
 
 def samples_of(row: Row, tokens: int) -> list[Sample]:
@@ -151,23 +163,24 @@ def samples_of(row: Row, tokens: int) -> list[Sample]:
     return samples
 
 
-def our_row(row: Row, config: RunConfig, steps: int, warm_up: int) -> Iterator[dict[str, Any]]:
+def work_of(row: Row, config: RunConfig, steps: int, warm_up: int) -> Work:
+    """Returns the row as the sides are given it."""
+    tokens = config.context_length * config.batch_size_training * config.gradient_accumulation_steps
+    return Work(config, SHAPE, llama, samples_of(row, tokens * (steps + warm_up + 2)), steps, warm_up)
+
+
+def our_steps(work: Work) -> Iterator[dict[str, Any]]:
     """Yields the trainer's steps, then what it came to."""
+    config, warm_up = work.config, work.warm_up
     precision = run_precision(config)
     set_seeds(config.seed)
-    base = llama(config, precision)
+    base = llama(config)
     texts = [apply_attention(base, config)]
-    model = attach_trained(base, config, precision)
-    torch.manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(std=0.01)  # as if it had trained a while: 0 would make half of the work trivial
+    model = as_if_trained(attach_trained(base, config, precision))
     fused = fuse_layers(model, config, precision)
-    rows = config.batch_size_training * config.gradient_accumulation_steps
     loader = Loader(
-        samples_of(row, config.context_length * rows * (steps + warm_up + 2)),
-        "packing", config.context_length, config.batch_size_training, config.gradient_accumulation_steps, seed=0,
-        layout=document_layout(precision), fixed_shapes=True,
+        work.samples, "packing", config.context_length, config.batch_size_training,
+        config.gradient_accumulation_steps, seed=0, layout=document_layout(precision), fixed_shapes=True,
     )  # fmt: skip
     started = time.perf_counter()
     texts += [fused.told, calibrated(fused, model, loader, precision, config.quantization_config.compute)]
@@ -180,7 +193,7 @@ def our_row(row: Row, config: RunConfig, steps: int, warm_up: int) -> Iterator[d
         torch.cuda.reset_peak_memory_stats()
     times: list[Any] = []
     warm = 0.0
-    for number in range(warm_up + steps):
+    for number in range(warm_up + work.steps):
         window = next(windows)
         begin = now(precision)
         metrics = train_step(model, window, updater, Progress(number, 1000, 0, 0, 1.0))
@@ -192,10 +205,10 @@ def our_row(row: Row, config: RunConfig, steps: int, warm_up: int) -> Iterator[d
     shape = fused.shape
     assert shape is not None
     for begin, end, metrics, pairs in times[warm_up:]:
-        work = shape.operations(metrics.useful_tokens, metrics.supervised_tokens, pairs, not config.use_peft)
+        operations = shape.operations(metrics.useful_tokens, metrics.supervised_tokens, pairs, not config.use_peft)
         yield {
             "seconds": between(begin, end), "useful": metrics.useful_tokens,
-            "supervised": metrics.supervised_tokens, "operations": work, "loss": metrics.loss,
+            "supervised": metrics.supervised_tokens, "operations": operations, "loss": metrics.loss,
         }  # fmt: skip
     yield {
         "told": "; ".join(text for text in [*texts, fitted.told] if text), "warm": warm,
@@ -217,62 +230,18 @@ def between(begin: Any, end: Any) -> float:
     return end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1e3
 
 
-def peer_row(row: Row, config: RunConfig, steps: int, warm_up: int) -> Iterator[dict[str, Any]]:
-    """Yields steps of a plain loop over transformers + peft + bitsandbytes: padded batches, gradient checkpointing."""
-    precision = run_precision(config)
-    base = llama(config, precision)
-    base.set_attn_implementation("sdpa")
-    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model = attach_trained(base, config, precision).train()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=config.lr)
-    tokens = config.context_length * config.batch_size_training * config.gradient_accumulation_steps
-    samples = iter(samples_of(row, tokens * (steps + warm_up + 2)))
-    started, warm = time.perf_counter(), 0.0
-    for number in range(warm_up + steps):
-        batch: list[Sample] = []
-        while sum(len(sample.input_ids) for sample in batch) < tokens * 0.95:
-            batch.append(next(samples))
-        begin = time.perf_counter()
-        loss = torch.zeros(())
-        rows = 16 if row.sample_tokens == 0 else config.batch_size_training
-        for start in range(0, len(batch), rows):
-            inputs = padded(batch[start : start + rows], precision.device)
-            with precision.autocast():
-                loss = model(**inputs).loss
-            (loss / -(-len(batch) // rows)).backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        told = loss.item()  # waits for the step
-        if number == warm_up - 1:
-            warm = time.perf_counter() - started
-        if number >= warm_up:
-            useful, supervised = sum(len(s.input_ids) for s in batch), sum(s.supervised_tokens for s in batch)
-            seconds = time.perf_counter() - begin
-            yield {"seconds": seconds, "useful": useful, "supervised": supervised, "operations": 0, "loss": told}
-    yield {"told": "", "warm": warm, "peak": peak_memory_bytes(precision.device), "rehearsed": None}
-
-
-def padded(batch: Sequence[Sample], device: torch.device) -> dict[str, torch.Tensor]:
-    """Returns samples as a padded batch, the way a data collator makes it."""
-    width = max(len(sample.input_ids) for sample in batch)
-    inputs = {name: torch.full((len(batch), width), fill) for name, fill in (("input_ids", 0), ("labels", -100))}
-    inputs["attention_mask"] = torch.zeros(len(batch), width, dtype=torch.long)
-    for number, sample in enumerate(batch):
-        size = len(sample.input_ids)
-        inputs["input_ids"][number, :size] = torch.from_numpy(sample.input_ids)
-        inputs["labels"][number, :size] = torch.from_numpy(sample.labels)
-        inputs["attention_mask"][number, :size] = 1
-    return {name: tensor.to(device) for name, tensor in inputs.items()}
-
-
-SIDES: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {"llmrecipes": our_row, "transformers + peft": peer_row}
+OURS = "llmrecipes"
+SIDES = {OURS: Side(OURS, (), our_steps)} | PEERS
 
 
 def measured(side: str, name: str, steps: int, words: Sequence[str]) -> dict[str, Any]:
     """Returns the figures of one row, measured in a process of its own."""
-    command = [sys.executable, __file__, f"--side={side}", f"--rows={name}", f"--steps={steps}", *words]
+    path = Path(__file__)
+    program = f"import sys, runpy; sys.path.insert(0, {str(path.parent)!r}); "
+    for package in SIDES[side].packages[:1]:
+        program += f"import {package}; "  # Unsloth changes what is imported after it
+    program += f"runpy.run_path({str(path)!r}, run_name='__main__')"
+    command = [sys.executable, "-c", program, f"--side={side}", f"--rows={name}", f"--steps={steps}", *words]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1][:200]}
@@ -282,8 +251,9 @@ def measured(side: str, name: str, steps: int, words: Sequence[str]) -> dict[str
 
 def line(side: str, name: str, found: Mapping[str, Any]) -> str:
     """Returns a row of the table."""
+    head = f"| {ROWS[name].told} | {SIDES[side].told} |"
     if "error" in found:
-        return f"| {ROWS[name].told} | {side} | {found['error']} |"
+        return f"{head} {found['error']} |"
     steps, end = found["steps"], found["end"]
     rates = [step["useful"] / step["seconds"] for step in steps]
     supervised = statistics.median(step["supervised"] / step["seconds"] for step in steps)
@@ -291,34 +261,39 @@ def line(side: str, name: str, found: Mapping[str, Any]) -> str:
     share = f"{work / 1e12:.0f} ({work / found['ceiling']:.0%})" if work else ""
     spread = f"{statistics.median(rates):,.0f} ({min(rates):,.0f} to {max(rates):,.0f})"
     peak = f"{end['peak'] / 2**30:.1f}" + (f" ({end['rehearsed'] / 2**30:.1f})" if end["rehearsed"] else "")
-    return f"| {ROWS[name].told} | {side} | {spread} | {supervised:,.0f} | {share} | {peak} | {end['warm']:.0f} |"
+    return f"{head} {spread} | {supervised:,.0f} | {share} | {peak} | {end['warm']:.0f} |"
 
 
-def main(words: Sequence[str]) -> None:
-    """Measures the rows and prints a table; with --side, one row of one side, as JSON."""
+def main(words: Sequence[str]) -> int:
+    """Measures the rows and prints a table; with --side, one row of one side, as JSON. Returns the exit code."""
     flags: dict[str, str] = dict(parse_flags(words))
     side, names = flags.pop("side", ""), flags.pop("rows", ",".join(ROWS)).split(",")
-    steps, peers = int(flags.pop("steps", "8")), flags.pop("peers", None) is not None
+    steps, wanted = int(flags.pop("steps", "8")), flags.pop("peers", None)
     if side:
         row = ROWS[names[0]]
         prepare_environment()
         config = load_config(RunConfig, {"model_name": "7B", "output_dir": "unused", **row.flags, **flags}).config
-        *told, end = SIDES[side](row, config, steps, 3)
+        *told, end = SIDES[side].steps(work_of(row, config, steps, 3))
         print(json.dumps({"steps": told, "end": end, "ceiling": ceiling(run_precision(config))}))
-        return
+        return 0
+    peers = [] if wanted is None else chosen_peers("all" if wanted == BARE else wanted)
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}"
-    print(f"{date.today()}, {torch.cuda.get_device_name()}; {versions}; {steps} steps a row", flush=True)
+    print(
+        f"{date.today()}, {torch.cuda.get_device_name()}; {versions}{peer_versions(peers)}; {steps} steps a row",
+        flush=True,
+    )
     print("| workload | | useful tok/s (least to most) | supervised tok/s | TFLOP/s (of bf16's ceiling) | peak GiB "
           "(rehearsed) | warm-up, s |\n|---|---|---|---|---|---|---|", flush=True)  # fmt: skip
     own = [word for name, value in flags.items() for word in (f"--{name}={value}",)]
     for name in names:
-        for known in SIDES if peers else list(SIDES)[:1]:
-            found = measured(known, name, steps, own)
-            print(line(known, name, found), flush=True)
+        for side in [OURS, *peers]:
+            found = measured(side, name, steps, own)
+            print(line(side, name, found), flush=True)
             if found.get("end", {}).get("told"):
-                print(f"{name}: {found['end']['told']}", file=sys.stderr, flush=True)
+                print(f"{name}, {side}: {found['end']['told']}", file=sys.stderr, flush=True)
+    return 0
 
 
 if __name__ == "__main__":
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    main(sys.argv[1:])
+    sys.exit(guarded(lambda: main(sys.argv[1:])))

@@ -84,6 +84,9 @@ class DocumentGroups:
 TILE_TOKENS = 64
 """Tokens of a document that attention works on together."""
 
+PREDICTING_MULTIPLE = 256
+"""Rounds up the places of a batch that predict something: each new count costs a GPU's matmuls 6 ms of planning."""
+
 SHORTEST_BOUND = 128
 """Tokens that `DocumentSpans.longest` is at least: below, a kernel gains nothing from knowing better."""
 
@@ -130,9 +133,10 @@ class Batch:
     layout: DocumentLayout | None
     """where the documents are; None where every row holds one, and padding behind it"""
     predicting: torch.Tensor
-    """int64 [supervised]; places, in the tokens laid end to end, from which a supervised token is predicted"""
+    """int64 [supervised or more]; places, in the tokens laid end to end, from which a supervised token is predicted,
+    and others behind them, worked on so that few batches differ in shape, which count for nothing"""
     targets: torch.Tensor
-    """int64 [supervised]; the tokens that are predicted there"""
+    """int64 [supervised or more]; the tokens that are predicted there, `IGNORED_LABEL` where none is"""
     supervised_tokens: int
     useful_tokens: int
 
@@ -171,14 +175,16 @@ def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-def predictions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns (places, targets), int64 [supervised] each, of [rows, tokens] labels: see `Batch.predicting`.
+def predictions(labels: torch.Tensor, multiple: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns (places, targets), int64 each, of [rows, tokens] labels: see `Batch.predicting`.
 
-    The token at position i of a row is predicted from position i - 1.
+    The token at position i of a row is predicted from position i - 1. So many places that predict nothing follow as
+    make a multiple of `multiple` of all, or as there are.
     """
-    places = torch.nonzero(labels[:, 1:] != IGNORED_LABEL)
-    rows, columns = places.unbind(1)
-    return rows * labels.shape[1] + columns, labels[rows, columns + 1]
+    predicts = F.pad(labels[:, 1:] != IGNORED_LABEL, (0, 1)).flatten()
+    places = torch.nonzero(predicts).flatten()
+    filling = torch.nonzero(~predicts).flatten()[: -len(places) % multiple]
+    return torch.cat([places, filling]), F.pad(labels.flatten()[places + 1], (0, len(filling)), value=IGNORED_LABEL)
 
 
 def document_groups(documents: npt.NDArray[np.int64], bounds: SpanBounds | None = None) -> DocumentGroups | None:

@@ -26,7 +26,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from llmrecipes.batch import Sample
-from llmrecipes.kernels import four_bit, rowwise, scaled_matmul, short_attention  # noqa: F401
+from llmrecipes.kernels import float8, four_bit, rotary, rowwise, scaled_matmul, short_attention  # noqa: F401
 from llmrecipes.kernels.jit import triton
 
 if triton is not None:

@@ -126,9 +126,16 @@ def killed(what: str) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def disk_full(what: str) -> None:
-    """Fails as a full disk does."""
-    raise OSError(errno.ENOSPC, "No space left on device")
+def failing(code: int) -> Callable[[str], None]:
+    """Fails as a disk does with an error of the system."""
+
+    def fail(what: str) -> None:
+        raise OSError(code, os.strerror(code))
+
+    return fail
+
+
+disk_full = failing(errno.ENOSPC)
 
 
 def assert_equal(found: Path, expected: Path) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from llmrecipes.batch import Layout, Sample, document_groups, document_spans, halved
+from llmrecipes.batch import Layout, Sample, document_groups, document_spans, halved, predictions
 from llmrecipes.data.loaders import padded_batch
 
 Samples = Callable[..., list[Sample]]
@@ -41,3 +41,12 @@ def test_pairs_are_those_within_documents(random_samples: Samples) -> None:
     lengths = [len(sample.input_ids) for sample in samples]
     batch = padded_batch([samples[:3], samples[3:]])
     assert batch.attention_pairs == sum(length * (length + 1) // 2 for length in lengths)
+
+
+def test_predictions_are_filled_up_with_places_that_predict_nothing() -> None:
+    labels = torch.tensor([[-100, 5, -100, 7], [-100, -100, 8, -100]])
+    places, targets = predictions(labels, 4)
+    assert places[:3].tolist() == [0, 2, 5] and targets[:3].tolist() == [5, 7, 8]
+    assert len(places) == len(targets) == 4 and len(set(places.tolist())) == 4
+    assert sorted(predictions(labels, 64)[0].tolist()) == list(range(8))  # there are no more
+    assert predictions(labels)[0].tolist() == [0, 2, 5]

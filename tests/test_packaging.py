@@ -19,7 +19,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = {"configs": "*.yaml", "custom_datasets": "*.py", "recipes": "*.sh"}
-MAKE_TARGETS = ["help", "environment", "quickstart", "test", "lint", "format", "clean"]
+MAKE_TARGETS = ["help", "environment", "quickstart", "test", "soak", "lint", "format", "lock", "clean"]
 
 
 def declared(*extras: str) -> dict[str, Requirement]:
@@ -129,6 +129,31 @@ def test_pins_carry_no_local_build_and_stand_in_order() -> None:
     assert names == sorted(names)
     for name, version in pins().items():
         assert re.fullmatch(r"[0-9]+(\.[0-9a-z]+)*", version), f"{name}=={version}"
+
+
+def locked(name: str) -> dict[str, tuple[str, int]]:
+    """Returns a lock file as {canonical name: (version, count of hashes)}; every line of it must be of that form."""
+    found = {}
+    for entry in re.split(r"\n(?=\S)", (ROOT / name).read_text().strip()):
+        if not entry.startswith("#"):
+            pattern = r"([a-z0-9-]+)==(\S+)( ; [^\\\n]+)?((?: \\\n    --hash=sha256:[0-9a-f]{64})*)"
+            match = re.fullmatch(pattern, entry)
+            assert match, f"{name}: {entry[:200]}"
+            found[match[1]] = (match[2], match[4].count("--hash"))
+    return found
+
+
+ELSEWHERE = {"colorama", "httpx2-jsfetch"}
+"""What Windows and a browser need, and no machine that the tests run on."""
+
+
+def test_the_lock_is_of_the_pinned_versions_and_each_has_its_hashes() -> None:
+    lock = locked("requirements.lock")
+    assert {name: version for name, (version, _) in lock.items() if name not in ELSEWHERE} == pins(), "run `make lock`"
+    for name, (_, hashes) in {**lock, **locked("requirements-cuda.lock")}.items():
+        assert hashes > 0, name
+    assert lock["torch"][1] > 10  # for each platform and Python
+    assert all(name.startswith(("cuda-", "nvidia-")) for name in locked("requirements-cuda.lock"))
 
 
 def imported_modules(folders: Iterable[str]) -> dict[str, str]:

@@ -15,16 +15,16 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 @dataclass(frozen=True)
 class QuantizationConfig:
-    """4-bit storage of the frozen base (bitsandbytes)"""
+    """Storage of the frozen base in 4 bits (bitsandbytes) or fp8"""
 
     quant_type: str = option("nf4", "4-bit code: nf4 (QLoRA's; llama-recipes' default was fp4)", choices=("nf4", "fp4"))
-    compute_dtype: str | None = option(None, "data type of the matmuls; unset: the run's precision", choices=DTYPES)
+    compute_dtype: str | None = option(None, "4bit: data type of matmuls; unset: the run's precision", choices=DTYPES)
     compute: str = option(
-        "auto", "ours: matmuls of the 4-bit weights: bf16 (exact), int8 or fp8; auto: int8 where the first batch shows "
-        "that it is near enough, on a GPU", choices=("auto", "bf16", "int8", "fp8"),
+        "auto", "ours: matmuls of the stored weights: bf16 (exact), int8 or fp8; auto: int8 where the first batch "
+        "shows that it is near enough, on a GPU", choices=("auto", "bf16", "int8", "fp8"),
     )  # fmt: skip
-    use_double_quant: bool = option(False, "quantize the scales as well: 0.4 bit a parameter less")
-    quant_storage: str = option("bfloat16", "data type that the packed weights are declared as", choices=DTYPES)
+    use_double_quant: bool = option(False, "4bit: quantize the scales as well: 0.4 bit a parameter less")
+    quant_storage: str = option("bfloat16", "4bit: data type that packed weights are declared as", choices=DTYPES)
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,10 @@ class ModelOptions:
     tokenizer_name: str | None = option(None, "hub id or folder of the tokenizer; unset: the model's own")
     model_revision: str | None = option(None, "ours: commit, tag or branch of a hub model")
     trust_remote_code: bool = option(False, "ours: run the Python code that a model folder brings along")
-    quantization: str | None = option(None, "storage of the frozen base", choices=("4bit", "8bit"), bare="8bit")
-    quantization_config: QuantizationConfig = section(QuantizationConfig, "with --quantization 4bit")
+    quantization: str | None = option(
+        None, "storage of the frozen base; fp8 is ours: float8_e4m3fn", choices=("4bit", "8bit", "fp8"), bare="8bit"
+    )
+    quantization_config: QuantizationConfig = section(QuantizationConfig, "with --quantization 4bit or fp8")
     use_fast_kernels: bool | None = option(
         None, "true: demand fast attention and layers; false: the plain reference path; unset: fast where it can be"
     )
@@ -130,6 +132,9 @@ class TrainedOptions:
     llama_adapter_config: LlamaAdapterOptions = section(LlamaAdapterOptions, "")
     prefix_config: PrefixOptions = section(PrefixOptions, "")
     from_peft_checkpoint: str = option("", "folder of an adapter whose weights training continues from")
+    allow_base_mismatch: bool = option(
+        False, "ours: go on with that adapter though it was trained on another base, if its shapes fit"
+    )
     freeze_layers: bool = option(False, "full fine-tuning: freeze the first num_freeze_layers layers")
     num_freeze_layers: int = option(1, "decoder layers frozen, counted from the first", at_least=1)
     freeze_LLM_only: bool = option(False, "for vision models, which are not supported yet")  # noqa: N815
@@ -306,6 +311,9 @@ class AdapterOptions:
     """Adapter"""
 
     peft_model: str | None = option(None, "folder of the adapter, as fine-tuning wrote it; unset: the base alone")
+    allow_base_mismatch: bool = option(
+        False, "ours: use the adapter though it was trained on another base, if its shapes fit"
+    )
 
 
 @dataclass(frozen=True)
@@ -369,6 +377,7 @@ class MergingConfig:
 
     model_name: str = option(REQUIRED, "hub id, local folder or .gguf file of the base model")
     peft_model: str = option(REQUIRED, "folder of the adapter, as fine-tuning wrote it")
+    allow_base_mismatch: bool = option(False, "merge though the adapter was trained on another base, if its shapes fit")
     output_dir: str = option(REQUIRED, "folder to write the merged model to")
     dtype: str = option("bfloat16", "data type of the weights written", choices=DTYPES)
     model_revision: str | None = option(None, "commit, tag or branch of a hub model")

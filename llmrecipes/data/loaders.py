@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 from llmrecipes.batch import (
+    PREDICTING_MULTIPLE,
     SHORTEST_BOUND,
     Batch,
     Layout,
@@ -225,7 +226,7 @@ def padded_batch(
             labels[row_number, start + 1 : end] = sample.labels[1:]
             documents[row_number, start:end] = document
             start = end
-    predicting, targets = predictions(torch.from_numpy(labels))
+    predicting, targets = predictions(torch.from_numpy(labels), PREDICTING_MULTIPLE if bounds else 1)
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         labels=torch.from_numpy(labels),
@@ -234,7 +235,7 @@ def padded_batch(
         layout=layout(documents, bounds),
         predicting=predicting,
         targets=targets,
-        supervised_tokens=len(targets),
+        supervised_tokens=int((labels != IGNORED_LABEL).sum()),
         useful_tokens=int((documents > 0).sum()),
     )
 

@@ -103,7 +103,7 @@ def load_samples(
     notices += [f"{place}: left out {count} bad rows: {'; '.join(wrong)}"] if wrong else []
     notices += [f"{place}: {overlong.notice}"] if overlong.tokens else []
     if not len(samples):
-        raise DataError("; ".join([*notices, "no sample is left"]) if notices else f"{place}: no samples in it")
+        raise DataError("; ".join([f"{place}: no samples in it", *notices]))
     return samples, notices
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from llmrecipes.kernels import rowwise
+from llmrecipes.kernels import rotary, rowwise
 from llmrecipes.kernels.attend import Attention
 from llmrecipes.kernels.projections import Given, Low, Projections, joined
 
@@ -112,6 +112,11 @@ class Decoder:
         return self.qkv, self.output, self.gate_up, self.down
 
     @property
+    def drops(self) -> bool:
+        """Whether there is dropout in its LoRA."""
+        return any(group.drops for group in self.groups)
+
+    @property
     def trained(self) -> list[torch.nn.Parameter]:
         """The parameters that train, in the order of `backward`'s gradients."""
         parts = (self.first_norm, self.qkv, self.output, self.second_norm, self.gate_up, self.down)
@@ -140,8 +145,7 @@ class Decoder:
         """Returns the layer's first half: its `middle`, [needed rows, width], and what its backward pass needs."""
         seeds = (None, None) if seed is None else (seed, seed + 8)
         states, low_qkv = self.qkv.forward(self.first_norm.of(x, self.qkv), seeds[0])
-        turned = self._turned(states)
-        rowwise.rotate(turned, shared.cosine, shared.sine, out=turned)
+        rotary.rotate(self._turned(states), shared.cosine, shared.sine)
         attended, statistics = shared.attention.forward(*self._split(states))
         needed = Given(_chosen(attended.flatten(1), shared.needed))
         middle, low_output = self.output.forward(needed, seeds[1], plus=_chosen(x, shared.needed))
@@ -239,13 +243,12 @@ class Decoder:
         )
         kept.states = kept.attended = None
         made = self.qkv.gradient_buffer(rows, gradient.device)
-        query, key, value = self._split(made)
-        rowwise.rotate(states_gradients[0], shared.cosine, shared.sine, out=query, back=True)
-        rowwise.rotate(states_gradients[1], shared.cosine, shared.sine, out=key, back=True)
-        value.copy_(states_gradients[2])
+        quantized = rotary.rotate_back(
+            states_gradients, shared.cosine, shared.sine, made[:, : self.qkv.size], self.qkv.gradient_quantizer
+        )
         del states_gradients
         wanted = wants_x or self.first_norm.weight.requires_grad
-        normed_gradient, inner = self.qkv.rows_gradient(Given(made), low_qkv, wanted)
+        normed_gradient, inner = self.qkv.rows_gradient(Given(made, quantized), low_qkv, wanted)
         normed = self.first_norm.of(kept.x, self.qkv, multiplies=False).buffer
         qkv = self.qkv.gradients(made, normed, low_qkv, inner)
         return normed_gradient, qkv + output

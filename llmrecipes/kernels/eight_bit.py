@@ -3,14 +3,14 @@
 Forward, int8 turns rows and weight by a Hadamard matrix before it rounds them, so that no large number spoils the scale
 of its row; gradients have no such numbers, and fp8 (float8_e4m3fn, Hopper and Ada) rounds every number by itself:
 neither is turned. A row has a scale, and so has each output: forward a row of the weight, for the gradient a column.
+Weights that lie in fp8 multiply in fp8 as they lie, and have the scales of their rows alone.
 """
 
 import torch
 
-from llmrecipes.kernels.four_bit import expand_scaled, expand_transposed
 from llmrecipes.kernels.quantize import FP8, SMALLEST_SCALE, Quantized, Quantizer, quantized_rows, rotated, rotation_of
 from llmrecipes.kernels.scaled_matmul import scaled_matmul
-from llmrecipes.kernels.storage import FourBitStorage, Storage
+from llmrecipes.kernels.storage import Float8Storage, Storage
 
 DTYPES = {"fp8": FP8, "int8": torch.int8}
 
@@ -25,11 +25,12 @@ class EightBit:
         self.storage = storage
         dtype = DTYPES[kind]
         self.rows = Quantizer(dtype, rotation_of(storage.width) if dtype == torch.int8 else 1)
-        self.gradients = Quantizer(dtype)
+        self.gradients: Quantizer | None = Quantizer(dtype)
+        """of gradients that whoever makes them may round; None where only `rows_gradient` can"""
         matrix = storage.matrix().float()
         self.scales = _scales(matrix, self.rows)
         """float32 [size]"""
-        self.transposed_scales = _scales(matrix.t(), self.gradients)
+        self.transposed_scales = _scales(matrix.t(), Quantizer(dtype))
         """float32 [width]"""
 
     def product(
@@ -41,29 +42,46 @@ class EightBit:
 
     def rows_gradient(self, gradient: torch.Tensor, quantized: Quantized | None, low: Low | None) -> torch.Tensor:
         """Returns the gradient of the outputs, [rows, size], times the weight, and LoRA's part: [rows, width]."""
-        given = quantized or quantized_rows(gradient, self.gradients)
+        given = quantized or self.quantized_gradient(gradient)
         return scaled_matmul(*given, self.operand(True), self.transposed_scales, self.storage.dtype, low)
+
+    def quantized_gradient(self, gradient: torch.Tensor) -> Quantized:
+        """Returns the gradient of the outputs in 8 bits."""
+        return quantized_rows(gradient, Quantizer(self.rows.dtype))
 
     def operand(self, transposed: bool) -> torch.Tensor:
         """Returns the weight over its scales in 8 bits: turned [size, width], or transposed [width, size]."""
-        storage, dtype = self.storage, self.rows.dtype
-        scales = self.transposed_scales if transposed else self.scales
-        if not isinstance(storage, FourBitStorage):
-            matrix = storage.matrix().float()
-            numbers = matrix.t() if transposed else rotated(matrix, self.rows.rotation)
-            numbers = numbers / scales[:, None]
-            return (numbers.round() if dtype == torch.int8 else numbers).to(dtype).contiguous()
-        shape = (storage.width, storage.size) if transposed else (storage.size, storage.width)
-        whole = torch.empty(shape, dtype=dtype, device=scales.device)
-        start = 0
-        for weight in storage.weights:
-            mine = slice(start, start + weight.rows)
-            if transposed:
-                expand_transposed(weight, whole[:, mine], scales)
-            else:
-                expand_scaled(weight, whole[mine], scales[mine], self.rows.rotation)
-            start = mine.stop
-        return whole
+        if transposed:
+            return self.storage.transposed_in_8_bits(self.rows.dtype, self.transposed_scales)
+        return self.storage.in_8_bits(self.rows.dtype, self.scales, self.rows.rotation)
+
+
+class AsStored(EightBit):
+    """Products in fp8 with weights that lie in fp8: no second copy, and none of their numbers rounded again.
+
+    For the gradient the scales of the rows stand on the side that is summed over: they go into the gradient first.
+    """
+
+    def __init__(self, storage: Float8Storage) -> None:
+        self.storage, self.values = storage, storage.weights.values
+        self.rows, self.gradients = Quantizer(FP8), None
+        self.scales = storage.weights.scales.flatten()
+        self.transposed_scales = self.scales.new_ones(storage.width)
+
+    def quantized_gradient(self, gradient: torch.Tensor) -> Quantized:
+        """Returns the gradient of the outputs, times the weight's scales, in 8 bits."""
+        return quantized_rows(gradient, self.rows, self.scales)
+
+    def operand(self, transposed: bool) -> torch.Tensor:
+        """Returns the values as they lie, [size, width], or turned on their side for one matmul, [width, size]."""
+        return self.values.t().contiguous() if transposed else self.values
+
+
+def eight_bit_of(storage: Storage, kind: str) -> EightBit:
+    """Returns how a storage multiplies in fp8 or int8."""
+    if kind == "fp8" and isinstance(storage, Float8Storage):
+        return AsStored(storage)
+    return EightBit(storage, kind)
 
 
 def _scales(matrix: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:

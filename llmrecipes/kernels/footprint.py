@@ -73,6 +73,11 @@ class Shape:
         return self.layers * sum(outputs * inputs for outputs, inputs in self.linears.values())
 
     @property
+    def linear_rows(self) -> int:
+        """Rows of their weights."""
+        return self.layers * sum(outputs for outputs, _ in self.linears.values())
+
+    @property
     def adapter_parameters(self) -> int:
         """Parameters of LoRA."""
         return self.layers * self.rank * sum(sum(self.linears[name]) for name in self.adapted)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from llmrecipes.kernels.jit import jit, runs_triton, tl, triton
-from llmrecipes.kernels.quantize import places, rotated, turned
+from llmrecipes.kernels.quantize import in_8_bits, places, rotated, turned
 
 BLOCK = 64
 
@@ -85,15 +85,13 @@ def expand_scaled(weight: FourBit, out: torch.Tensor, scales: torch.Tensor, rota
     if runs_triton(out) and weight.width % (2 * rotation) == 0:
         _expand(weight, out, scales, rotation, scaled=True)
         return out
-    numbers = rotated(expanded(weight), rotation) / scales[:, None]
-    return out.copy_(numbers.round() if out.dtype == torch.int8 else numbers)
+    return out.copy_(in_8_bits(rotated(expanded(weight), rotation) / scales[:, None], out.dtype))
 
 
 def expand_transposed(weight: FourBit, out: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """Writes the weight transposed and over its scales, one a column of it, into `out`, [width, rows], in 8 bits."""
     if not runs_triton(out):
-        numbers = expanded(weight).t() / scales[:, None]
-        return out.copy_(numbers.round() if out.dtype == torch.int8 else numbers)
+        return out.copy_(in_8_bits(expanded(weight).t() / scales[:, None], out.dtype))
     height, pairs = 128, 32
     _expand_columns[(triton.cdiv(weight.rows, height), triton.cdiv(weight.width, 2 * pairs))](
         *_parts(weight), out, scales, weight.rows, weight.width, out.stride(0),
@@ -187,7 +185,7 @@ def _expand_columns(
         scale = _scale_at(scales, scale_table, scale_scales, offset, number, inside, scale_block, nested)
     column = (tl.program_id(1) * 2 * pairs + tl.arange(0, 2 * pairs))[None, :]
     numbers = tl.interleave(tl.load(table + (codes >> 4)) * scale, tl.load(table + (codes & 15)) * scale)
-    numbers = numbers / tl.load(out_scales + column, mask=column < width, other=1.0)
+    numbers *= 1 / tl.load(out_scales + column, mask=column < width, other=1.0)
     if integer:
         numbers = tl.floor(numbers + 0.5)
     made = tl.trans(numbers.to(out.dtype.element_ty))

@@ -11,6 +11,7 @@ import torch
 from llmrecipes.batch import Batch
 from llmrecipes.kernels.layers import FusedLayer, base_of, decoder_layers
 from llmrecipes.precision import Precision
+from llmrecipes.prompts import IGNORED_LABEL
 
 CHUNK_LOGITS = 1 << 25
 """Logits formed together: 128 MiB in float32, 1,048 rows of a vocabulary of 32,000."""
@@ -39,7 +40,8 @@ def fused_loss_sum(model: Any, batch: Batch, precision: Precision) -> torch.Tens
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Sum of cross entropies of rows [rows, width] times weight [vocabulary, width] transposed."""
+    """Sum of cross entropies of rows [rows, width] times weight [vocabulary, width] transposed; rows whose target is
+    `IGNORED_LABEL` do not enter it."""
 
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -51,13 +53,14 @@ class _HeadLoss(torch.autograd.Function):
         size = max(1, CHUNK_LOGITS // len(weight))
         for start in range(0, len(rows), size):
             chunk, wanted = rows[start : start + size], targets[start : start + size, None]
+            ignored, wanted = wanted == IGNORED_LABEL, wanted.clamp(min=0)
             logits = _logits(chunk, matrix)
             normalizer = torch.logsumexp(logits, dim=1, keepdim=True)
-            total += (normalizer - logits.gather(1, wanted)).sum()
+            total += (normalizer - logits.gather(1, wanted)).masked_fill_(ignored, 0).sum()
             if rows_gradient is None and weight_gradient is None:
                 continue
-            gradient = logits.sub_(normalizer).exp_()
-            gradient.scatter_add_(1, wanted, torch.full_like(normalizer, -1.0))
+            gradient = logits.sub_(normalizer.masked_fill_(ignored, torch.inf)).exp_()  # of an ignored row 0
+            gradient.scatter_add_(1, wanted, ignored.to(gradient.dtype) - 1)
             gradient = gradient.to(rows.dtype)
             if rows_gradient is not None:
                 torch.mm(gradient, matrix, out=rows_gradient[start : start + size])
@@ -67,7 +70,7 @@ class _HeadLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         rows, weight = ctx.gradients
         ctx.gradients = ()
         factor = gradients[0]

@@ -13,11 +13,11 @@ from torch import nn
 from llmrecipes.batch import DocumentLayout
 from llmrecipes.kernels.attend import Attention
 from llmrecipes.kernels.decoder import Decoder, Keep, Norm, Shared
-from llmrecipes.kernels.eight_bit import EightBit
+from llmrecipes.kernels.eight_bit import eight_bit_of
 from llmrecipes.kernels.four_bit import FourBit
 from llmrecipes.kernels.offload import HostMemory
 from llmrecipes.kernels.projections import Adapter, Projections
-from llmrecipes.kernels.storage import FourBitStorage, FrozenStorage, Storage, TrainedStorage
+from llmrecipes.kernels.storage import Float8Storage, FourBitStorage, FrozenStorage, Storage, TrainedStorage
 
 KNOWN_LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer")
 """RMSNorm before attention and before SwiGLU, rotary positions, nothing else."""
@@ -61,6 +61,11 @@ class FusedLayer(nn.Module):
         assert position_embeddings is not None
         return self.at(hidden_states, position_embeddings, layout).view_as(hidden_states)
 
+    def refresh(self) -> None:
+        """Brings copies of the adapters up to date with them."""
+        for group in self.decoder.groups:
+            group.refresh()
+
     def at(
         self,
         hidden_states: torch.Tensor,
@@ -82,7 +87,7 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, layer: FusedLayer, shared: Shared, *trained: torch.Tensor) -> torch.Tensor:
-        ctx.seed = int(torch.randint(2**30, ())) if layer.training else None
+        ctx.seed = int(torch.randint(2**30, ())) if layer.training and layer.decoder.drops else None
         with torch.autocast(x.device.type, enabled=False):
             y, kept = layer.decoder.forward(x, shared, ctx.seed, layer.keep)
         ctx.stored = None
@@ -171,7 +176,7 @@ def _group(modules: Sequence[Any], dtype: torch.dtype, compute: str, takes_room:
         for module, end, size in zip(modules, ends, storage.sizes, strict=True)
         if hasattr(module, "base_layer")
     ]
-    eight_bit = None if compute == "exact" or storage.trained else EightBit(storage, compute)
+    eight_bit = None if compute == "exact" or storage.trained else eight_bit_of(storage, compute)
     return Projections(storage, adapters, eight_bit, takes_room)
 
 
@@ -191,6 +196,8 @@ def _storage(bases: Sequence[Any], dtype: torch.dtype) -> Storage:
         return FrozenStorage(weights, bias)
     if kinds == {"Linear4bit"}:
         return FourBitStorage([FourBit.of(weight) for weight in weights], dtype, bias)
+    if kinds == {"Float8Linear"}:
+        return Float8Storage(bases, dtype, bias)
     raise UnknownLayerError(f"linear layers of the kind {', '.join(sorted(kinds))} in {weights[0].dtype}")
 
 

@@ -1,7 +1,7 @@
 """Linear layers that read the same rows, multiplied as one: q, k and v, or gate and up, or one alone; with LoRA.
 
 y = x W' + s (x A') B' (Hu et al. 2021, arXiv 2106.09685, section 4.1) and its gradients, written out. W lies frozen in
-16 or in 4 bits, or trains itself. It multiplies in one of two ways:
+16, 8 or 4 bits, or trains itself. It multiplies in one of two ways:
 
 - exactly, in the compute type. Where W is frozen in that type, LoRA costs no pass of its own: x stands in a buffer
   with room for x A' behind it, and [x | x A'] [W | s B]' is the whole of it; so is the gradient.
@@ -109,7 +109,7 @@ class Projections:
             return
         for adapter, columns in zip(self.adapters, self._columns(), strict=True):
             self.down[columns] = adapter.down.detach()
-            self.up[adapter.columns, columns] = (adapter.up.detach() * adapter.scale).to(self.dtype)
+            torch.mul(adapter.up.detach(), adapter.scale, out=self.up[adapter.columns, columns])
         self._versions = versions
 
     def _columns(self) -> list[slice]:

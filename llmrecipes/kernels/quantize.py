@@ -61,22 +61,31 @@ def rotated(rows: torch.Tensor, rotation: int) -> torch.Tensor:
     return pieces.flatten(1) * rotation**-0.5
 
 
-def quantized_rows(rows: torch.Tensor, quantizer: Quantizer) -> Quantized:
-    """Returns [rows, width] in 8 bits, one scale a row: its largest absolute value over the type's."""
+def quantized_rows(rows: torch.Tensor, quantizer: Quantizer, factors: torch.Tensor | None = None) -> Quantized:
+    """Returns [rows, width] in 8 bits, one scale a row: its largest absolute value over the type's.
+
+    `factors`, float32 [width], are multiplied in first.
+    """
     if not runs_triton(rows):
-        return quantized_plainly(rows, quantizer)
+        return quantized_plainly(rows if factors is None else rows * factors, quantizer)
     made = room_for(rows, rows.shape[1], quantizer)
-    _quantize[(rows.shape[0],)](rows, *made, rows.stride(0), **options(rows.shape[1], quantizer))
+    _quantize[(rows.shape[0],)](
+        rows, rows if factors is None else factors, *made, rows.stride(0),
+        multiplies=factors is not None, **options(rows.shape[1], quantizer),
+    )  # fmt: skip
     return made
 
 
 def quantized_plainly(rows: torch.Tensor, quantizer: Quantizer) -> Quantized:
     """The same in plain PyTorch."""
-    numbers = rotated(rows.to(torch.promote_types(rows.dtype, torch.float32)), quantizer.rotation)
+    numbers = rotated(rows.to(statistics_of(rows)), quantizer.rotation)
     scales = (numbers.abs().amax(1, keepdim=True) / quantizer.largest).clamp(min=SMALLEST_SCALE)
-    scaled = numbers / scales
-    values = (scaled.round() if quantizer.dtype == torch.int8 else scaled).to(quantizer.dtype)
-    return Quantized(values, scales.float())
+    return Quantized(in_8_bits(numbers / scales, quantizer.dtype), scales.float())
+
+
+def in_8_bits(numbers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Returns numbers that are over their scales already in int8 or float8_e4m3fn, to the nearest."""
+    return (numbers.round() if dtype == torch.int8 else numbers).to(dtype)
 
 
 def room_for(rows: torch.Tensor, width: int, quantizer: Quantizer | None) -> Quantized:
@@ -87,7 +96,7 @@ def room_for(rows: torch.Tensor, width: int, quantizer: Quantizer | None) -> Qua
     return Quantized(values, torch.empty(rows.shape[0], 1, dtype=torch.float32, device=rows.device))
 
 
-def options(width: int, quantizer: Quantizer | None) -> dict[str, Any]:
+def options(width: int, quantizer: Quantizer | None, least_warps: int = 1) -> dict[str, Any]:
     """Returns a kernel's constants for one row a program, held in registers as a whole, piece by piece."""
     pieces = quantizer.rotation if quantizer else 1
     block = triton.next_power_of_2(width // pieces)
@@ -97,8 +106,18 @@ def options(width: int, quantizer: Quantizer | None) -> dict[str, Any]:
         "pieces": pieces,
         "size": width // pieces,
         "block": block,
-        "num_warps": min(16, max(1, pieces * block // 2048)),
+        "num_warps": min(16, max(least_warps, pieces * block // 2048)),
     }
+
+
+def part_of(width: int) -> int:
+    """Returns how much of a row a kernel holds in registers where all of it would not fit beside what is made of it."""
+    return min(4096, triton.next_power_of_2(width))
+
+
+def statistics_of(rows: torch.Tensor) -> torch.dtype:
+    """Returns the type that is computed in: float32 at least."""
+    return torch.promote_types(rows.dtype, torch.float32)
 
 
 @jit
@@ -154,11 +173,13 @@ def store_scaled(
 
 @jit
 def _quantize(
-    rows, values, scales, stride,
+    rows, factors, values, scales, stride, multiplies: tl.constexpr,
     largest: tl.constexpr, integer: tl.constexpr, pieces: tl.constexpr, size: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     at, inside = places(pieces, size, block)
     numbers = tl.load(rows + row * stride + at, mask=inside, other=0.0).to(tl.float32)
+    if multiplies:
+        numbers *= tl.load(factors + at, mask=inside, other=0.0)
     values += row * (pieces * size)
     store_quantized(numbers, values, scales, row, at, inside, largest, integer, pieces, block)

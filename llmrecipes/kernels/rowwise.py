@@ -14,9 +14,11 @@ from llmrecipes.kernels.quantize import (
     Quantized,
     Quantizer,
     options,
+    part_of,
     places,
     quantized_plainly,
     room_for,
+    statistics_of,
     store_quantized,
     store_scaled,
 )
@@ -70,7 +72,7 @@ def rms_norm(
             quantizes=quantizer is not None, **options(width, quantizer),
         )  # fmt: skip
         return made if quantizer else None
-    numbers = rows.to(_statistics(rows))
+    numbers = rows.to(statistics_of(rows))
     out.copy_(numbers * torch.rsqrt(numbers.square().mean(1, keepdim=True) + epsilon) * weight)
     return quantized_plainly(out, quantizer) if quantizer else None
 
@@ -87,7 +89,7 @@ def rms_norm_backward(
             block=triton.next_power_of_2(width), num_warps=_warps(width),
         )  # fmt: skip
         return found
-    kind = _statistics(rows)
+    kind = statistics_of(rows)
     numbers = rows.to(kind)
     scale = torch.rsqrt(numbers.square().mean(1, keepdim=True) + epsilon)
     normed, weighted = numbers * scale, gradient.to(kind) * weight
@@ -97,7 +99,7 @@ def rms_norm_backward(
 
 def rms_norm_weight_gradient(gradient: torch.Tensor, rows: torch.Tensor, epsilon: float) -> torch.Tensor:
     """Returns the gradient of a norm's weight, [width]."""
-    numbers = rows.to(_statistics(rows))
+    numbers = rows.to(statistics_of(rows))
     normed = numbers * torch.rsqrt(numbers.square().mean(1, keepdim=True) + epsilon)
     return (gradient * normed).sum(0)
 
@@ -149,12 +151,12 @@ def swiglu(gate_up: torch.Tensor, out: torch.Tensor, quantizer: Quantizer | None
     if runs_triton(gate_up):
         made = room_for(gate_up, width, quantizer)
         _swiglu[(gate_up.shape[0],)](
-            gate_up, out, *made, gate_up.stride(0), out.stride(0),
-            quantizes=quantizer is not None, **options(width, quantizer),
+            gate_up, out, *made, gate_up.stride(0), out.stride(0), quantizes=quantizer is not None,
+            part=part_of(width), **options(width, quantizer, least_warps=8),
         )  # fmt: skip
         return made if quantizer else None
     gate, up = gate_up[:, :width], gate_up[:, width:]
-    out.copy_(F.silu(gate.to(_statistics(gate_up))) * up)
+    out.copy_(F.silu(gate.to(statistics_of(gate_up))) * up)
     return quantized_plainly(out, quantizer) if quantizer else None
 
 
@@ -175,10 +177,11 @@ def swiglu_backward(
         made = room_for(gate_up, 2 * width, quantizer)
         _swiglu_backward[(gate_up.shape[0],)](
             gradient, gate_up, out, hidden, *made, gradient.stride(0), gate_up.stride(0), out.stride(0),
-            hidden.stride(0), quantizes=quantizer is not None, **options(width, quantizer),
+            hidden.stride(0), quantizes=quantizer is not None,
+            part=part_of(width), **options(width, quantizer, least_warps=16),
         )  # fmt: skip
         return made if quantizer else None
-    kind = _statistics(gate_up)
+    kind = statistics_of(gate_up)
     gate, up = gate_up[:, :width].to(kind), gate_up[:, width:].to(kind)
     sigmoid = torch.sigmoid(gate)
     silu = gate * sigmoid
@@ -190,101 +193,62 @@ def swiglu_backward(
 
 @jit
 def _swiglu(
-    gate_up, out, values, scales, stride, out_stride, quantizes: tl.constexpr,
+    gate_up, out, values, scales, stride, out_stride, quantizes: tl.constexpr, part: tl.constexpr,
     largest: tl.constexpr, integer: tl.constexpr, pieces: tl.constexpr, size: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    at, inside = places(pieces, size, block)
-    gates = gate_up + row * stride + at
-    gate = tl.load(gates, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(gates + pieces * size, mask=inside, other=0.0).to(tl.float32)
-    hidden = (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty)
-    tl.store(out + row * out_stride + at, hidden, mask=inside)
+    gate_up += row * stride
+    out += row * out_stride
+    width: tl.constexpr = pieces * size
+    for start in tl.static_range(0, width, part):
+        at = start + tl.arange(0, part)
+        inside = at < width
+        gate = tl.load(gate_up + at, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(gate_up + width + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(out + at, (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty), mask=inside)
     if quantizes:
-        values += row * (pieces * size)
-        store_quantized(hidden.to(tl.float32), values, scales, row, at, inside, largest, integer, pieces, block)
+        tl.debug_barrier()  # what one thread has written another reads
+        at, inside = places(pieces, size, block)
+        hidden = tl.load(out + at, mask=inside, other=0.0).to(tl.float32)
+        store_quantized(hidden, values + row * width, scales, row, at, inside, largest, integer, pieces, block)
 
 
 @jit
 def _swiglu_backward(
     gradient, gate_up, out, hidden, values, scales, gradient_stride, stride, out_stride, hidden_stride,
-    quantizes: tl.constexpr,
+    quantizes: tl.constexpr, part: tl.constexpr,
     largest: tl.constexpr, integer: tl.constexpr, pieces: tl.constexpr, size: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
+    gradient += row * gradient_stride
+    gate_up += row * stride
+    out += row * out_stride
+    hidden += row * hidden_stride
     kind = out.dtype.element_ty
-    at = tl.arange(0, block)
-    inside = at < size
-    given = tl.load(gradient + row * gradient_stride + at, mask=inside, other=0.0).to(tl.float32)
-    gate = tl.load(gate_up + row * stride + at, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + row * stride + size + at, mask=inside, other=0.0).to(tl.float32)
-    sigmoid = tl.sigmoid(gate)
-    silu = gate * sigmoid
-    gate_gradient = (given * up * sigmoid * (1 + gate * (1 - sigmoid))).to(kind)
-    up_gradient = (given * silu).to(kind)
-    tl.store(hidden + row * hidden_stride + at, (silu * up).to(kind), mask=inside)
-    tl.store(out + row * out_stride + at, gate_gradient, mask=inside)
-    tl.store(out + row * out_stride + size + at, up_gradient, mask=inside)
+    most = tl.zeros((part,), tl.float32)
+    for start in tl.static_range(0, size, part):
+        at = start + tl.arange(0, part)
+        inside = at < size
+        given = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)
+        gate = tl.load(gate_up + at, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(gate_up + size + at, mask=inside, other=0.0).to(tl.float32)
+        sigmoid = tl.sigmoid(gate)
+        silu = gate * sigmoid
+        gate_gradient = (given * up * sigmoid * (1 + gate * (1 - sigmoid))).to(kind)
+        up_gradient = (given * silu).to(kind)
+        tl.store(hidden + at, (silu * up).to(kind), mask=inside)
+        tl.store(out + at, gate_gradient, mask=inside)
+        tl.store(out + size + at, up_gradient, mask=inside)
+        both = tl.maximum(tl.abs(gate_gradient.to(tl.float32)), tl.abs(up_gradient.to(tl.float32)))
+        most = tl.maximum(most, both)
     if quantizes:
-        first, second = gate_gradient.to(tl.float32), up_gradient.to(tl.float32)
-        most = tl.max(tl.maximum(tl.abs(first), tl.abs(second)), 0)
-        values += row * (2 * size)
-        store_scaled(first, most, values, scales, row, at, inside, largest, integer, 1)
-        store_scaled(second, most, values + size, scales, row, at, inside, largest, integer, 1)
-
-
-# --- rotary positions -------------------------------------------------------------------------------------------------
-
-
-def rotate(
-    states: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, out: torch.Tensor, back: bool = False
-) -> None:
-    """Writes `states` rotated (RoPE, Su et al. 2021, arXiv 2104.09864, section 3.4.2) into `out`, perhaps itself.
-
-    Both are [rows, heads, size], views perhaps; `cosine` and `sine` are [rows, size], their halves alike as
-    transformers lays them out. `back` turns the other way, which is the gradient.
-    """
-    heads, size = states.shape[1:]
-    if runs_triton(states):
-        _rotate[(states.shape[0],)](
-            states, out, cosine, sine, states.stride(0), states.stride(1), out.stride(0), out.stride(1),
-            cosine.stride(0), heads, size // 2,
-            back=back, padded_heads=triton.next_power_of_2(heads), padded_half=triton.next_power_of_2(size // 2),
-            num_warps=4,
-        )  # fmt: skip
-        return
-    kind = _statistics(states)
-    cosine, sine = cosine[:, None, : size // 2].to(kind), sine[:, None, : size // 2].to(kind)
-    first, second = states[..., : size // 2].to(kind), states[..., size // 2 :].to(kind)
-    sine = -sine if back else sine
-    out.copy_(torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=2))
-
-
-@jit
-def _rotate(
-    states, out, cosine, sine, stride, head_stride, out_stride, out_head_stride, angle_stride, heads, half,
-    back: tl.constexpr, padded_heads: tl.constexpr, padded_half: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, padded_half)
-    inside = at < half
-    turn = tl.load(cosine + row * angle_stride + at, mask=inside, other=0.0).to(tl.float32)[None, :]
-    tilt = tl.load(sine + row * angle_stride + at, mask=inside, other=0.0).to(tl.float32)[None, :]
-    if back:
-        tilt = -tilt
-    head = tl.arange(0, padded_heads)
-    mask = (head < heads)[:, None] & inside[None, :]
-    place = states + row * stride + head[:, None] * head_stride + at[None, :]
-    first = tl.load(place, mask=mask, other=0.0).to(tl.float32)
-    second = tl.load(place + half, mask=mask, other=0.0).to(tl.float32)
-    place = out + row * out_stride + head[:, None] * out_head_stride + at[None, :]
-    tl.store(place, (first * turn - second * tilt).to(out.dtype.element_ty), mask=mask)
-    tl.store(place + half, (second * turn + first * tilt).to(out.dtype.element_ty), mask=mask)
-
-
-def _statistics(rows: torch.Tensor) -> torch.dtype:
-    """Returns the type that is computed in: float32 at least."""
-    return torch.promote_types(rows.dtype, torch.float32)
+        largest_here = tl.max(most, 0)
+        tl.debug_barrier()  # what one thread has written another reads
+        for start in tl.static_range(0, 2 * size, 2 * part):
+            at = start + tl.arange(0, 2 * part)
+            inside = at < 2 * size
+            made = tl.load(out + at, mask=inside, other=0.0).to(tl.float32)
+            store_scaled(made, largest_here, values + row * (2 * size), scales, row, at, inside, largest, integer, 1)
 
 
 def _warps(width: int) -> int:

@@ -86,11 +86,11 @@ def _scaled_matmul(
     tiles = tl.cdiv(m, tile_m) * across
     inner = tl.arange(0, tile_k)
     for tile in tl.range(tl.program_id(0), tiles, programs, flatten=descriptors):
-        # Tiles of 8 rows of tiles at a time, column by column: their operands stay in the cache.
-        band = tile // (8 * across)
-        height = min(tl.cdiv(m, tile_m) - 8 * band, 8)
-        row = (8 * band + tile % (8 * across) % height) * tile_m
-        column = (tile % (8 * across) // height) * tile_n
+        # Tiles of 16 rows of tiles at a time, column by column: their operands stay in the cache.
+        band = tile // (16 * across)
+        height = min(tl.cdiv(m, tile_m) - 16 * band, 16)
+        row = (16 * band + tile % (16 * across) % height) * tile_m
+        column = (tile % (16 * across) // height) * tile_n
         at_m = row + tl.arange(0, tile_m)
         at_n = column + tl.arange(0, tile_n)
         total = tl.zeros((tile_m, tile_n), dtype=kind)

@@ -1,10 +1,14 @@
 """How the weights of linear layers that read the same rows are kept, and what a matmul gets of them."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-from llmrecipes.kernels.four_bit import FourBit, expand
+from llmrecipes.kernels import float8, four_bit
+from llmrecipes.kernels.float8 import Float8
+from llmrecipes.kernels.four_bit import FourBit
+from llmrecipes.kernels.quantize import in_8_bits, rotated
 
 
 class Storage:
@@ -19,6 +23,14 @@ class Storage:
     def matrix(self) -> torch.Tensor:
         """Returns [size, width] in `dtype`, for reading only."""
         raise NotImplementedError
+
+    def in_8_bits(self, dtype: torch.dtype, scales: torch.Tensor, rotation: int) -> torch.Tensor:
+        """Returns the weights turned and over `scales`, one a row: [size, width]."""
+        return in_8_bits(rotated(self.matrix().float(), rotation) / scales[:, None], dtype)
+
+    def transposed_in_8_bits(self, dtype: torch.dtype, scales: torch.Tensor) -> torch.Tensor:
+        """Returns the weights transposed and over `scales`, one a column of theirs: [width, size]."""
+        return in_8_bits(self.matrix().float().t() / scales[:, None], dtype).contiguous()
 
     def gradients(self, gradient: torch.Tensor, rows: torch.Tensor) -> list[torch.Tensor]:
         """Returns the gradients of `trained`, from those of the outputs, [rows, size], and the rows, [rows, width]."""
@@ -64,8 +76,52 @@ class FourBitStorage(Storage):
         """The weights as bitsandbytes would expand them, bit for bit."""
         whole = torch.empty(self.size, self.width, dtype=self.dtype, device=self.weights[0].packed.device)
         for weight, part in zip(self.weights, self.parts(whole), strict=True):
-            expand(weight, part)
+            four_bit.expand(weight, part)
         return whole
+
+    def in_8_bits(self, dtype: torch.dtype, scales: torch.Tensor, rotation: int) -> torch.Tensor:
+        """The same, expanded to no more than that."""
+        whole = torch.empty(self.size, self.width, dtype=dtype, device=scales.device)
+        parts = zip(self.weights, self.parts(whole), self.parts(scales), strict=True)
+        for weight, part, its_scales in parts:
+            four_bit.expand_scaled(weight, part, its_scales, rotation)
+        return whole
+
+    def transposed_in_8_bits(self, dtype: torch.dtype, scales: torch.Tensor) -> torch.Tensor:
+        """The same, expanded to no more than that."""
+        whole = torch.empty(self.width, self.size, dtype=dtype, device=scales.device)
+        for weight, part in zip(self.weights, whole.split(self.sizes, dim=1), strict=True):
+            four_bit.expand_transposed(weight, part, scales)
+        return whole
+
+
+class Float8Storage(Storage):
+    """float8_e4m3fn with a scale a row, moved into one matrix, of which the layers' own become views."""
+
+    def __init__(self, layers: Sequence[Any], dtype: torch.dtype, bias: torch.Tensor | None) -> None:
+        super().__init__([len(layer.weight) for layer in layers], layers[0].weight.shape[1], dtype, bias)
+        self.weights = Float8(
+            torch.cat([layer.weight.data for layer in layers]), torch.cat([layer.scales for layer in layers])
+        )
+        for layer, codes, scales in zip(
+            layers, self.parts(self.weights.codes), self.parts(self.weights.scales), strict=True
+        ):
+            layer.weight.data, layer.scales = codes, scales
+
+    def matrix(self) -> torch.Tensor:
+        """The weights as the layers themselves would expand them, bit for bit."""
+        return float8.expand(self.weights, self._room(self.size, self.width, self.dtype))
+
+    def in_8_bits(self, dtype: torch.dtype, scales: torch.Tensor, rotation: int) -> torch.Tensor:
+        """The same, expanded to no more than that."""
+        return float8.expand_scaled(self.weights, self._room(self.size, self.width, dtype), scales, rotation)
+
+    def transposed_in_8_bits(self, dtype: torch.dtype, scales: torch.Tensor) -> torch.Tensor:
+        """The same, expanded to no more than that."""
+        return float8.expand_transposed(self.weights, self._room(self.width, self.size, dtype), scales)
+
+    def _room(self, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(rows, columns, dtype=dtype, device=self.weights.codes.device)
 
 
 class TrainedStorage(Storage):

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -13,8 +14,10 @@ from transformers.pytorch_utils import Conv1D
 
 from llmrecipes.config.schema import RunConfig, TrainedOptions
 from llmrecipes.errors import ConfigError, ModelError, first_line
+from llmrecipes.models.float8 import Float8Linear
 from llmrecipes.models.folders import ADAPTER_WEIGHTS, check_adapter_folder, local_path
-from llmrecipes.models.quantization import has_finite_weights, is_quantized
+from llmrecipes.models.identity import Base, base_of, check_base
+from llmrecipes.models.quantization import has_finite_weights, stored_shape
 from llmrecipes.precision import Precision
 
 MERGEABLE = ("LORA",)
@@ -72,11 +75,20 @@ def attach_trained(model: Any, config: RunConfig, precision: Precision) -> Any:
     return model
 
 
-def check_checkpoint(config: TrainedOptions) -> None:
-    """Raises where `from_peft_checkpoint` holds no whole adapter, or one of another method than the run's."""
-    folder = config.from_peft_checkpoint
+def checked_base(config: RunConfig, source: str) -> tuple[Base, list[str]]:
+    """Returns which model the base is, by its files, and notices.
+
+    Raises where `from_peft_checkpoint` holds no whole adapter, one of another method than the run's or of another base.
+    """
+    folder, flag = config.from_peft_checkpoint, "from_peft_checkpoint"
     if not folder:
-        return
+        return base_of(config, source), []
+    _check_method(config, folder)
+    told = check_base(folder, flag, config, source, config.allow_base_mismatch)
+    return base_of(config, source), told
+
+
+def _check_method(config: RunConfig, folder: str) -> None:
     found = check_adapter_folder(local_path(folder), "from_peft_checkpoint").get("peft_type")
     if found != PEFT_TYPES[config.peft_method]:
         method = next((name for name, kind in PEFT_TYPES.items() if kind == found), None)
@@ -91,6 +103,12 @@ def load_adapter(model: Any, folder: str, flag: str, trainable: bool = False) ->
     """Returns the model wrapped by the adapter in `folder`; raises `ModelError` where it does not fit the base."""
     path = local_path(folder)
     settings = check_adapter_folder(path, flag)
+    reads_weights = settings.get("use_dora") or settings.get("peft_type") not in PEFT_TYPES.values()
+    if reads_weights and any(isinstance(module, Float8Linear) for module in model.modules()):
+        raise ModelError(
+            f"--{flag} {folder}: for an adapter of its kind peft reads the base's weights, which it cannot from fp8; "
+            "use --quantization 4bit or 8bit"
+        )
     trains_biases = settings.get("bias", "none") != "none"
     biases = [(parameter, parameter.detach().clone()) for parameter in _biases(model)] if trains_biases else []
     try:
@@ -136,9 +154,7 @@ def count_parameters(model: Any) -> tuple[int, int]:
     """Returns (all parameters, those that train); 4-bit storage is counted by the weights it stands for."""
     total = trained = 0
     for parameter in model.parameters():
-        count = parameter.numel()
-        if is_quantized(parameter) and getattr(parameter, "quant_state", None) is not None:
-            count = parameter.quant_state.shape.numel()
+        count = stored_shape(parameter).numel()
         total += count
         trained += count if parameter.requires_grad else 0
     return total, trained
@@ -153,8 +169,9 @@ def _new_adapter(model: Any, config: RunConfig) -> Any:
             warnings.simplefilter("ignore")
             wrapped = get_peft_model(model, adapter)
     except (ValueError, KeyError, TypeError, AttributeError, NotImplementedError) as error:
+        why = shorten(first_line(error), 110, placeholder=" ...")
         raise ConfigError(
-            f"--peft_method {config.peft_method}: it does not fit this model ({first_line(error)}); its linear layers "
+            f"--peft_method {config.peft_method}: it does not fit this model ({why}); its linear layers "
             f"are {', '.join(_linear_names(model))}, its decoder layers number {model.config.num_hidden_layers}"
         ) from None
     if count_parameters(wrapped)[1] == 0:

@@ -12,7 +12,7 @@ from llmrecipes.environment import cache_folder
 from llmrecipes.errors import ConfigError, ModelError, first_line
 from llmrecipes.models.folders import check_model_folder, is_local, local_path
 from llmrecipes.models.gguf import gguf_folder
-from llmrecipes.models.quantization import QUANTIZATIONS, has_finite_weights, is_quantized, settle_quantized
+from llmrecipes.models.quantization import QUANTIZATIONS, has_finite_weights, is_quantized, misshapen, settle_quantized
 from llmrecipes.precision import Precision, out_of_memory_told
 
 ATTENTION = {None: None, True: "sdpa", False: "eager"}
@@ -125,8 +125,9 @@ def load_model(config: ModelOptions, source: str, precision: Precision, dtype: t
 def check_loaded(config: ModelOptions, model: Any, info: dict[str, Any]) -> None:
     """Raises where the weights are not those that config.json tells of, not finite, or not quantized as asked."""
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        if info.get(kind):
-            keys = [key if isinstance(key, str) else key[0] for key in info[kind]]
+        keys = [key if isinstance(key, str) else key[0] for key in info.get(kind, ())]
+        keys += misshapen(model) if kind == "mismatched_keys" else []
+        if keys:
             raise ModelError(
                 f"--model_name {config.model_name}: {len(keys)} {kind.replace('_keys', '')} tensors, such as "
                 f"{min(keys)}; the weights do not belong to its config.json"
@@ -140,4 +141,6 @@ def check_loaded(config: ModelOptions, model: Any, info: dict[str, Any]) -> None
 
 def why_not(name: str, error: BaseException) -> str:
     """Returns why nothing could be read; of a name that is no path, also that no folder of that name is here."""
+    if "custom code" in str(error):
+        return "it brings Python code of its own; read that, and allow it with --trust_remote_code"
     return first_line(error) if is_local(name) else f"no such folder is here, and from the hub: {first_line(error)}"

@@ -10,6 +10,7 @@ from transformers import BitsAndBytesConfig
 
 from llmrecipes.config.schema import ModelOptions
 from llmrecipes.errors import HardwareError
+from llmrecipes.models.float8 import Float8Config, has_finite_values
 from llmrecipes.precision import Precision
 
 Scheme = Callable[[ModelOptions, Precision], Any]
@@ -34,16 +35,39 @@ def int4(config: ModelOptions, precision: Precision) -> Any:
     )
 
 
-QUANTIZATIONS: dict[str, Scheme] = {"8bit": int8, "4bit": int4}
+def float8(config: ModelOptions, precision: Precision) -> Any:
+    """float8_e4m3fn, row by row (Micikevicius et al. 2022, arXiv 2209.05433); multiplied in the compute type."""
+    return Float8Config()
 
 
-def is_quantized(parameter: torch.nn.Parameter) -> bool:
-    """Returns whether a parameter is stored by bitsandbytes in 4 or 8 bits."""
-    return type(parameter).__name__ in ("Params4bit", "Int8Params")
+QUANTIZATIONS: dict[str, Scheme] = {"8bit": int8, "4bit": int4, "fp8": float8}
+
+
+def is_quantized(parameter: torch.Tensor) -> bool:
+    """Returns whether a parameter is stored by bitsandbytes in 4 or 8 bits, or as bytes of 8-bit floating point."""
+    return type(parameter).__name__ in ("Params4bit", "Int8Params") or parameter.dtype == torch.uint8
+
+
+def stored_shape(parameter: torch.Tensor) -> torch.Size:
+    """Returns the shape of the weight that a parameter stands for: in 4 bits its own is another."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.shape if state is None else torch.Size(state.shape)
+
+
+def misshapen(model: Any) -> list[str]:
+    """Returns the quantized weights that are not of the shape of their layer: transformers compares the others only."""
+    linears = [(name, part) for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)]
+    return [
+        f"{name}.weight"
+        for name, linear in linears
+        if is_quantized(linear.weight) and stored_shape(linear.weight) != (linear.out_features, linear.in_features)
+    ]
 
 
 def has_finite_weights(parameter: Any) -> bool:
     """Returns whether a parameter holds neither NaN nor infinity; a quantized one is known by its scales."""
+    if parameter.dtype == torch.uint8:
+        return has_finite_values(parameter)
     values = parameter
     if is_quantized(parameter):
         state = getattr(parameter, "quant_state", None)

@@ -25,6 +25,7 @@ from llmrecipes.reports.metrics import METRICS
 from llmrecipes.reports.progress import counted
 from llmrecipes.run.output import check_output_file
 from llmrecipes.run.preparing import (
+    adapter_notices,
     answering_precision,
     answering_tokenizer,
     check_prompts_early,
@@ -34,7 +35,6 @@ from llmrecipes.run.preparing import (
     sample_limits,
     set_seeds,
     stop_token_ids,
-    storage_notice,
 )
 
 
@@ -50,13 +50,13 @@ def evaluate(loaded: Loaded[EvaluationConfig], config_path: str | None) -> int:
         check_adapter_folder(local_path(config.peft_model), "peft_model")
     report = check_output_file(config.output_file, "output_file") if config.output_file else None
     source = resolve_model(config)
+    told = adapter_notices(config, source)
     tokenizer = answering_tokenizer(config, source)
     samples, notices = asked_samples(config, tokenizer, preprocessor, source)
     prompts = [sample.prompt_ids for sample in samples]
     check_prompts_early(config, source, prompts, settings)
-    for notice in (*loaded.notices, *notices, storage_notice(config)):
-        if notice:
-            print(f"note: {notice}", file=sys.stderr)
+    for notice in (*loaded.notices, *notices, *told):
+        print(f"note: {notice}", file=sys.stderr)
     model = load_model(config, source, precision)
     if config.peft_model:
         model = load_adapter(model, config.peft_model, "peft_model")

@@ -21,7 +21,7 @@ from llmrecipes.data.preprocessors import dataset_section, load_preprocessor
 from llmrecipes.errors import ConfigError, PluginError, TrainingError, first_line
 from llmrecipes.kernels.attention import document_layout
 from llmrecipes.kernels.calibration import exact_matmuls
-from llmrecipes.models.adapters import attach_trained, check_checkpoint, count_parameters
+from llmrecipes.models.adapters import attach_trained, checked_base, count_parameters
 from llmrecipes.models.folders import is_local, local_path
 from llmrecipes.models.loading import load_model, load_tokenizer, resolve_model
 from llmrecipes.models.quantization import rows_by_themselves
@@ -104,8 +104,8 @@ def stations(loaded: Loaded[RunConfig], config_path: str | None, keeper: Keeper)
     precision = run_precision(config)
     check_fit(config, precision.device)
     build_optimizer(config, plugins, [torch.nn.Parameter(torch.zeros(1, device=precision.device))])
-    check_checkpoint(config)
     source = resolve_model(config)
+    base, told = checked_base(config, source)
     inputs = (config.model_name, config.tokenizer_name, config.from_peft_checkpoint)
     folder = check_output_dir(config.output_dir, config.overwrite_output_dir, inputs, goes_on_within(config))
     keeper.open(folder)
@@ -115,13 +115,13 @@ def stations(loaded: Loaded[RunConfig], config_path: str | None, keeper: Keeper)
     lanes = run_lanes(config, source, precision)
     loaders = build_loaders(config, tokenizer, plugins, source, document_layout(precision), lanes)
     functions = (plugins.preprocessor, plugins.optimizer, plugins.schedule, *plugins.trackers.values())
-    describe = describer(config, loaders.training, functions, source, precision)
+    describe = describer(config, loaders.training, functions, base, precision)
     if keeper.finished(describe):
         return 0
     contract = prompt_contract(tokenizer, loaders.training.samples)
-    base = load_model(config, source, precision, dtype=None if config.use_peft else precision.trained)
-    kernels = [apply_attention(base, config)]
-    model = attach_trained(base, config, precision)
+    model = load_model(config, source, precision, dtype=None if config.use_peft else precision.trained)
+    kernels = [apply_attention(model, config)]
+    model = attach_trained(model, config, precision)
     fused, warming = fuse_layers(model, config, precision), time.perf_counter()
     kernels += [fused.told, calibrated(fused, model, loaders.training, precision, config.quantization_config.compute)]
     kernels += [prove_no_leak(model, config, loaders, precision, fused)]
@@ -132,11 +132,11 @@ def stations(loaded: Loaded[RunConfig], config_path: str | None, keeper: Keeper)
     kernels += [f"warmed up in {duration(time.perf_counter() - warming)}" if fitted.peak_bytes else ""]
     plan = replace(train_plan(config, loaders), operations=operation_counter(model, config, precision))
     profiled(config, loaders.training, plan.steps)
-    notices = [*keeper.notices(describe), *plugin_notices(functions), *loaded.notices, *loaders.notices]
+    notices = [*told, *keeper.notices(describe), *plugin_notices(functions), *loaded.notices, *loaders.notices]
     shown = shown_plan(config, loaders, model, precision, plan, kernels, notices)
     seconds = fitted.batch_seconds and plan.steps * loaders.training.window_batches * fitted.batch_seconds
     print(plan_text(replace(shown, memory_bytes=fitted.peak_bytes, seconds=seconds)), flush=True)
-    writer = ResultWriter(folder, model, tokenizer, contract, enabled=config.save_model)
+    writer = ResultWriter(folder, model, tokenizer, contract, base, config.save_model)
     keeper.keep(writer, updater, describe)
     keeper.restore(writer, updater)
     keeper.claim(folder, loaded, values_from_anywhere(config, plugins))

@@ -16,6 +16,7 @@ from llmrecipes.precision import out_of_memory_told
 from llmrecipes.prompts import encode_prompt
 from llmrecipes.reports.format import printable
 from llmrecipes.run.preparing import (
+    adapter_notices,
     answering_precision,
     answering_tokenizer,
     check_prompts_early,
@@ -23,7 +24,6 @@ from llmrecipes.run.preparing import (
     generation_settings,
     set_seeds,
     stop_token_ids,
-    storage_notice,
 )
 
 
@@ -35,13 +35,14 @@ def infer(loaded: Loaded[InferenceConfig], config_path: str | None) -> int:
     if config.peft_model:
         check_adapter_folder(local_path(config.peft_model), "peft_model")
     source = resolve_model(config)
+    notices = adapter_notices(config, source)
     tokenizer = answering_tokenizer(config, source)
     prompt = read_prompt(config)
     prompt_ids = encode_prompt(tokenizer, prompt)
     check_prompts_early(config, source, [prompt_ids], settings)
     contract = contract_of(config)
     mismatch = contract.mismatch(prompt) if contract else None
-    for notice in (*loaded.notices, mismatch, storage_notice(config)):
+    for notice in (*loaded.notices, mismatch, *notices):
         if notice:
             print(f"note: {notice}", file=sys.stderr)
     model = load_model(config, source, precision)

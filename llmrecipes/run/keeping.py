@@ -18,6 +18,7 @@ from llmrecipes.config.show import run_yaml
 from llmrecipes.data.fingerprint import order_fingerprint, samples_fingerprint
 from llmrecipes.data.loaders import Loader
 from llmrecipes.models.folders import local_path
+from llmrecipes.models.identity import Base
 from llmrecipes.plugins import Plugin, shipped_folder
 from llmrecipes.precision import Precision, device_name
 from llmrecipes.reports.trackers import METRICS_FILE
@@ -34,7 +35,6 @@ from llmrecipes.run.output import (
 )
 from llmrecipes.run.resuming import (
     Origin,
-    base_fingerprint,
     changed,
     check_same_run,
     compared_settings,
@@ -211,7 +211,7 @@ def plugin_notices(functions: Iterable[object]) -> list[str]:
 
 
 def describer(
-    config: RunConfig, loader: Loader, functions: Iterable[object], source: str, precision: Precision
+    config: RunConfig, loader: Loader, functions: Iterable[object], base: Base, precision: Precision
 ) -> Describe:
     """Returns a function that tells what a run that goes on must find again. Each part is found out once."""
     hashes = plugin_hashes(functions)
@@ -222,7 +222,7 @@ def describer(
         if not known:
             known["settings"] = compared_settings(config)
             known["samples"] = samples_fingerprint(loader.samples)
-            known["base"] = base_fingerprint(source, config.model_revision)
+            known["base"] = base.fingerprint
             known["plugins"] = {path.name: digest for path, digest in hashes.items()}
             known["versions"] = {**versions(), "device": device_name(precision.device)}
         if epoch is not None and epoch not in orders:

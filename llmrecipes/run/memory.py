@@ -22,7 +22,7 @@ from llmrecipes.kernels.footprint import Shape, keeps_within
 from llmrecipes.kernels.layers import FusedLayer
 from llmrecipes.precision import is_out_of_memory
 from llmrecipes.reports.format import gib
-from llmrecipes.run.speed import Fused
+from llmrecipes.run.speed import Fused, replay_batches
 from llmrecipes.training.optimizers import state_bytes
 from llmrecipes.training.updater import Updater
 
@@ -73,7 +73,8 @@ def fit_memory(config: RunConfig, model: Any, loader: Loader, updater: Updater, 
             started = time.perf_counter()
             rehearse(model, batch, updater)  # once more, now that the kernels are compiled
             seconds = time.perf_counter() - started
-            return Fitted(cut, told(model, fused.layers, pieces, cut), peak + later, seconds)
+            texts = (told(model, fused.layers, pieces, cut), replay_batches(config, fused, cut, updater, limit - later))
+            return Fitted(cut, "; ".join(text for text in texts if text), peak + later, seconds)
     need = "more" if peak is None else gib(peak + later)
     raise HardwareError(
         f"rehearsal: one row of {batch.input_ids.shape[1]} tokens takes {need}, and {gib(limit)} are free; try "

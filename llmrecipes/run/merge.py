@@ -13,6 +13,7 @@ from llmrecipes.config.show import run_yaml
 from llmrecipes.errors import ConfigError, ModelError
 from llmrecipes.models.adapters import MERGEABLE, load_adapter
 from llmrecipes.models.folders import check_adapter_folder, local_path
+from llmrecipes.models.identity import check_base
 from llmrecipes.models.loading import load_model, resolve_model
 from llmrecipes.precision import Precision
 from llmrecipes.prompt_contract import load_contract
@@ -40,6 +41,7 @@ def merge(loaded: Loaded[MergingConfig], config_path: str | None) -> int:
         peft_model=config.peft_model,
     )
     source = resolve_model(options)
+    notices = check_base(config.peft_model, "peft_model", options, source, config.allow_base_mismatch)
     inputs = (config.model_name, config.peft_model)
     folder = check_output_dir(config.output_dir, config.overwrite_output_dir, inputs)
     tokenizer = answering_tokenizer(options, source)
@@ -54,7 +56,8 @@ def merge(loaded: Loaded[MergingConfig], config_path: str | None) -> int:
 
     claim_output_dir(folder, "merging.yaml", run_yaml(loaded, {}))
     write_into(folder, write)
-    told_of_quantization(adapter_folder)
+    for notice in (*notices, *storage_notices(adapter_folder)):
+        print(f"note: {notice}", file=sys.stderr)
     print(f"merged model ({config.dtype}) in {folder}")
     print("try it:\n  " + command_line(["python", "-m", "llmrecipes.inference", "--model_name", str(folder)]))
     return 0
@@ -83,12 +86,12 @@ def untie(model: Any, adapter: Mapping[str, Any]) -> None:
         model.config.tie_word_embeddings = False
 
 
-def told_of_quantization(adapter_folder: Path) -> None:
-    """Notes on standard error that an adapter trained on a quantized base meets other weights here."""
+def storage_notices(adapter_folder: Path) -> list[str]:
+    """Returns that an adapter trained on a quantized base meets other weights here, where it does."""
     flags = storage_flags(trained_storage(adapter_folder) or storage(ModelOptions(model_name="")))
-    if flags:
-        print(
-            f"note: the adapter was trained on a base stored with {' '.join(flags)} and is merged into the unrounded "
-            "weights, which differ from those by the rounding error; compare with llmrecipes.evaluation",
-            file=sys.stderr,
-        )
+    if not flags:
+        return []
+    return [
+        f"the adapter was trained on a base stored with {' '.join(flags)} and is merged into the unrounded weights, "
+        "which differ from those by the rounding error; compare with llmrecipes.evaluation"
+    ]

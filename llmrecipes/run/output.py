@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 
 from llmrecipes.errors import ConfigError
 from llmrecipes.models.folders import local_path
+from llmrecipes.models.identity import Base
 from llmrecipes.prompt_contract import PromptContract
 from llmrecipes.run.manifest import MANIFEST, ManifestError, check_folder, flush, seal
 from llmrecipes.training.state import Place
@@ -30,7 +31,7 @@ PENDING = ".result"
 """A finished result on its way to the folder's root."""
 
 OURS = (*MARKS, "prompt.json", "metrics.jsonl", "tensorboard", "wandb", "last", "step-[0-9]*", ".tmp-*", PENDING,
-        "set-aside-*", MANIFEST, LOCK_FILE, "status.json", "black-box",
+        "set-aside-*", MANIFEST, LOCK_FILE, "status.json", "black-box", "base.json",
         "*.safetensors", "*.safetensors.index.json", "adapter_config.json", "config.json", "generation_config.json",
         "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")  # fmt: skip
 """Names that a run may leave in its output folder, and that --overwrite_output_dir may therefore remove."""
@@ -257,6 +258,8 @@ class ResultWriter:
     model: Any
     tokenizer: Any
     contract: PromptContract
+    base: Base
+    """what an adapter is an adapter of"""
     enabled: bool = True
     holds_best: bool = False
 
@@ -272,8 +275,10 @@ class ResultWriter:
         self.holds_best = self.holds_best or name == "best"
 
     def write(self, folder: Path) -> None:
-        """Writes adapter or model, tokenizer and prompt.json into a folder."""
+        """Writes adapter and base.json, or model, and tokenizer and prompt.json into a folder."""
         save_weights(self.model, folder)
+        if is_adapter(self.model):
+            self.base.save(folder)
         self.tokenizer.save_pretrained(str(folder))
         self.contract.save(folder)
 
@@ -286,6 +291,10 @@ def about_best(place: Place) -> dict[str, Any]:
 
 def save_weights(model: Any, folder: Path) -> None:
     """Writes an adapter, or a whole model where none is attached, as safetensors."""
-    is_adapter = hasattr(model, "peft_config")
-    model.save_pretrained(str(folder), **({"save_embedding_layers": False} if is_adapter else {}))
+    model.save_pretrained(str(folder), **({"save_embedding_layers": False} if is_adapter(model) else {}))
     (folder / "README.md").unlink(missing_ok=True)  # peft's model card: a form with nothing filled in
+
+
+def is_adapter(model: Any) -> bool:
+    """Returns whether a model is a base with an adapter on it."""
+    return hasattr(model, "peft_config")

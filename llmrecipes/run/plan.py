@@ -193,13 +193,8 @@ def footprint(
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     weights = sum(parameter.numel() * parameter.element_size() for parameter in frozen)
     gradients = sum(parameter.numel() * parameter.element_size() for parameter in trained)
-    if config.quantization:
-        # A scale of 4 bytes for 64 weights; of 1 byte, and 4 for 256 of them, with double quantization.
-        scales = (1 + 4 / 256) / 64 if config.quantization_config.use_double_quant else 4 / 64
-        stored = 1.0 if config.quantization == "8bit" else 0.5 + scales
-        weights -= int(shape.linear_parameters * (shape.compute - stored))
     return Footprint(
-        weights=weights,
+        weights=weights - saved_bytes(config, shape),
         trained=gradients + (shape.adapter_copies if config.use_peft else 0),
         optimizer=state_bytes(config.optimizer, trained),
         gradients=gradients,
@@ -207,6 +202,17 @@ def footprint(
         passing=shape.passing_bytes(tokens, keeps[-1]),
         accumulates=accumulates,
     )
+
+
+def saved_bytes(config: PlanConfig, shape: Shape) -> int:
+    """Returns how many bytes the linear layers' weights take less than in the compute type."""
+    if not config.quantization:
+        return 0
+    if config.quantization == "fp8":
+        return shape.linear_parameters * (shape.compute - 1) - 4 * shape.linear_rows
+    # A scale of 4 bytes for 64 weights; of 1 byte, and 4 for 256 of them, with double quantization.
+    scales = (1 + 4 / 256) / 64 if config.quantization_config.use_double_quant else 4 / 64
+    return int(shape.linear_parameters * (shape.compute - 0.5 - scales))
 
 
 def operations(shape: Shape, loader: Loader, config: PlanConfig) -> int:

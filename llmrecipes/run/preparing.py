@@ -23,6 +23,7 @@ from llmrecipes.errors import ConfigError, HardwareError, first_line
 from llmrecipes.generation.decoding import check_prompts
 from llmrecipes.generation.settings import GenerationSettings
 from llmrecipes.models.folders import local_path
+from llmrecipes.models.identity import check_base
 from llmrecipes.models.loading import load_tokenizer, model_config, model_limits
 from llmrecipes.plugins import Plugin
 from llmrecipes.precision import Precision, resolve_precision
@@ -211,11 +212,14 @@ def storage_flags(stored: Mapping[str, str]) -> list[str]:
     return [word for key, value in stored.items() if value != usual[key] for word in (f"--{key}", value)]
 
 
-def storage_notice(config: Any) -> str | None:
-    """Returns a notice where the adapter was trained on a base stored otherwise than this command's, or None."""
-    trained = trained_storage(local_path(config.peft_model)) if config.peft_model else None
+def adapter_notices(config: Any, source: str) -> list[str]:
+    """Returns what there is to say of an adapter and the base it is put on; raises where that is another base."""
+    if not config.peft_model:
+        return []
+    told = check_base(config.peft_model, "peft_model", config, source, config.allow_base_mismatch)
+    trained = trained_storage(local_path(config.peft_model))
     if trained is None or storage_flags(trained) == storage_flags(storage(config)):
-        return None
+        return told
     flags = " ".join(storage_flags(trained))
     way = f"{flags} would load it as it was" if flags else "leave --quantization out to load it as it was"
-    return f"the adapter was trained on a base stored in another way; {way}"
+    return [*told, f"the adapter was trained on a base stored in another way; {way}"]

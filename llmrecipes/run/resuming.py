@@ -3,7 +3,6 @@
 Resumed at any step, a run comes to the very bits that it would have come to undisturbed.
 """
 
-import hashlib
 import itertools
 import json
 import os
@@ -33,13 +32,10 @@ FREE = (
     "keep_last", "logging_steps", "save_metrics", "report_to", "use_wandb", "wandb_config.", "data_cache",
     "num_workers_dataloader", "batch_size_training", "gradient_accumulation_steps", "fit", "activation_memory",
     "val_batch_size", "trust_remote_code", "max_skipped_steps", "flop_counter", "use_profiler", "profiler_dir",
-    "one_gpu", "leak_probe",
+    "one_gpu", "leak_probe", "allow_base_mismatch",
 )  # fmt: skip
 """Keys that may change: neither the samples of a step nor its update depend on them. How a step's samples are cut
 into batches is free as long as the step stays the same, which the order's fingerprint tells."""
-
-SAMPLES, SAMPLE_BYTES = 64, 1 << 12
-"""Stretches of a weight file that are looked at, first and last included: of a file of gigabytes, 260 KB."""
 
 PARTS = {
     "place": dict, "state": dict, "settings": dict, "plugins": dict, "versions": dict,
@@ -235,23 +231,6 @@ def _free(path: Path) -> Path:
     """Returns the path, or with a number behind it where something has that name."""
     numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
     return next(name for name in itertools.chain([path], numbered) if not name.exists())
-
-
-def base_fingerprint(source: str, revision: str | None) -> str:
-    """Returns a hash of a local model folder (its config, and of its weights sizes, headers and samples); of a hub id
-    the id itself."""
-    folder = Path(source)
-    if not folder.is_dir():
-        return f"{source}@{revision or 'main'}"
-    hashed = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
-        hashed.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            for sample in range(SAMPLES + 1):
-                file.seek(max(0, size - SAMPLE_BYTES) * sample // SAMPLES)
-                hashed.update(file.read(SAMPLE_BYTES))
-    return hashed.hexdigest()
 
 
 def _named(path: str, folder: Path) -> Origin:

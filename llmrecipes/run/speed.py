@@ -7,12 +7,15 @@ from typing import Any
 import torch
 
 from llmrecipes.batch import BY_DOCUMENT
+from llmrecipes.config.rules import EXPANDED
 from llmrecipes.config.schema import RunConfig
 from llmrecipes.data.loaders import Loader
 from llmrecipes.errors import ConfigError, HardwareError
 from llmrecipes.kernels.attention import apply_document_attention
 from llmrecipes.kernels.calibration import BOUND, calibrate
+from llmrecipes.kernels.decoder import Keep
 from llmrecipes.kernels.footprint import Shape
+from llmrecipes.kernels.graphs import Replayed
 from llmrecipes.kernels.head import fused_loss_sum
 from llmrecipes.kernels.jit import triton
 from llmrecipes.kernels.layers import (
@@ -25,7 +28,7 @@ from llmrecipes.kernels.layers import (
 )
 from llmrecipes.precision import Precision, out_of_memory_told
 from llmrecipes.training.loss import loss_sum
-from llmrecipes.training.updater import LossSum
+from llmrecipes.training.updater import LossSum, Updater
 
 EXACT = "exact"
 
@@ -68,7 +71,7 @@ def fuse_layers(model: Any, config: RunConfig, precision: Precision) -> Fused:
     Raises `ConfigError` where `--use_fast_kernels true` or an 8-bit `quantization_config.compute` demands it in vain.
     """
     asked = config.quantization_config.compute
-    wanted = config.use_fast_kernels or (config.quantization == "4bit" and asked in ("int8", "fp8"))
+    wanted = config.use_fast_kernels or (config.quantization in EXPANDED and asked in ("int8", "fp8"))
     on_gpu = precision.device.type == "cuda"
     if config.use_fast_kernels is False or not (wanted or on_gpu):
         return Fused("", loss_sum)
@@ -125,12 +128,12 @@ def check_fusible(model: Any, config: RunConfig, precision: Precision) -> None:
 
 
 def eight_bit_compute(config: RunConfig, capability: tuple[int, int] | None, width: int) -> str:
-    """Returns how 4-bit weights are to be multiplied, `auto` resolved; raises `HardwareError`.
+    """Returns how weights in 4 bits or fp8 are to be multiplied, `auto` resolved; raises `HardwareError`.
 
     `capability` is the GPU's, None without one; `width` the model's.
     """
     asked = config.quantization_config.compute
-    if config.quantization != "4bit" or asked == "bf16":
+    if config.quantization not in EXPANDED or asked == "bf16":
         return EXACT
     if asked == "fp8" and capability is not None and capability < (8, 9):
         raise HardwareError(
@@ -139,6 +142,37 @@ def eight_bit_compute(config: RunConfig, capability: tuple[int, int] | None, wid
     if asked != "auto":
         return asked
     return "int8" if width >= WIDE and capability is not None and capability >= (8, 0) else EXACT
+
+
+ROOM_BYTES = 1 << 30
+"""Memory left beside a recorded step, for what is not in it: validation without gradients, saving."""
+
+
+def replay_batches(config: RunConfig, fused: Fused, loader: Loader, updater: Updater, limit: int) -> str:
+    """Has batches recorded as CUDA graphs, and played from then on, where that is right; returns a text.
+
+    Shapes must repeat, nothing may be drawn at random or copied to the host within, and the memory must hold a record,
+    within `limit` bytes, beside the ordinary forward of a validation.
+    """
+    precision, layers = updater.precision, list(fused.layers)
+    repeats = loader.fixed_shapes and precision.device.type == "cuda" and config.use_peft
+    if not (layers and repeats) or precision.loss_scaling:
+        return ""
+    if any(layer.decoder.drops or layer.keep == Keep.OFFLOADED for layer in layers):
+        return ""
+
+    def has_room() -> bool:
+        reserved = torch.cuda.memory_reserved(precision.device)
+        torch.cuda.empty_cache()
+        left = torch.cuda.memory_reserved(precision.device)
+        return limit - left >= 1.25 * (reserved - left) + ROOM_BYTES
+
+    def refresh() -> None:
+        for layer in layers:
+            layer.refresh()
+
+    updater.loss = Replayed(updater.loss, updater.parameters, refresh, has_room)
+    return "batches replayed as CUDA graphs"
 
 
 def calibrated(fused: Fused, model: Any, loader: Loader, precision: Precision, asked: str) -> str:

@@ -1,23 +1,15 @@
 """Both sides of the CPU benchmark train the same tiny model on the same samples, and agree on what they learn."""
 
-import importlib.util
 import itertools
 import os
 from pathlib import Path
-from typing import Any
 
+import cpu
 import pytest
 import torch
 
 from llmrecipes.config.loading import load_config
 from llmrecipes.config.schema import RunConfig
-
-FILE = Path(__file__).parents[2] / "benchmarks" / "cpu.py"
-SPEC = importlib.util.spec_from_file_location("cpu_benchmark", FILE)
-assert SPEC is not None
-assert SPEC.loader is not None
-cpu: Any = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(cpu)
 
 QUESTIONS = "instruction,input,output,answer\n" + "".join(
     f"Add.,{a} + {b},{a} + {b} = {a + b},{a + b}\n" for a, b in itertools.product((3, 14, 205), (1, 20, 300, 4001))

@@ -1,38 +1,36 @@
-"""The GPU benchmark's rows, in small on the CPU: all of them run, and both sides learn."""
+"""The GPU benchmark's rows, in small on the CPU: all of them run, and what trains is near to knowing nothing."""
 
-import importlib.util
+import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+import gpu
 import pytest
-
-from llmrecipes.config.loading import load_config
-from llmrecipes.config.schema import RunConfig
-
-FILE = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
-SPEC = importlib.util.spec_from_file_location("gpu_benchmark", FILE)
-assert SPEC is not None
-assert SPEC.loader is not None
-gpu: Any = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(gpu)
-
-SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
-FLAGS = {"model_name": "7B", "output_dir": "unused", "device": "cpu", "use_fast_kernels": "true"}
+from peers import Work
 
 
-@pytest.mark.parametrize("side", gpu.SIDES)
+@pytest.mark.parametrize("side", [gpu.OURS, "plain"])
 @pytest.mark.parametrize("name", gpu.ROWS)
-def test_a_row_is_measured(name: str, side: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "SHAPE", gpu.SHAPE | SMALL | {"vocab_size": 32000})
-    row = gpu.ROWS[name]
-    row = replace(row, sample_tokens=min(row.sample_tokens, 128))
-    flags = {**row.flags, **FLAGS, "context_length": "1300" if row.sample_tokens == 0 else "128"}
-    flags = {key: value for key, value in flags.items() if key != "optimizer"}
-    *steps, end = gpu.SIDES[side](row, load_config(RunConfig, flags).config, 1, 1)
+def test_a_row_is_measured(name: str, side: str, small_work: Callable[[str], Work]) -> None:
+    *steps, end = gpu.SIDES[side].steps(small_work(name))
     assert len(steps) == 1 and end["warm"] > 0
     assert 9 < steps[0]["loss"] < 12  # near ln 32000: nothing is known yet
-    assert row.told in gpu.line(side, name, {"steps": steps, "end": end, "ceiling": 1e12})
+    line = gpu.line(side, name, {"steps": steps, "end": end, "ceiling": 1e12})
+    assert gpu.ROWS[name].told in line and gpu.SIDES[side].told in line
+
+
+def test_a_side_is_measured_in_a_process_that_tells_what_stopped_it() -> None:
+    found = gpu.measured("plain", "samsum-bf16", 1, ["--no_such_flag=1"])
+    assert found["error"].startswith("error: --no_such_flag")
+    assert "| transformers + peft | error: --no_such_flag" in gpu.line("plain", "samsum-bf16", found)
+
+
+def test_what_changes_other_libraries_is_imported_before_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "patcher.py").write_text("import sys\nsys.exit('late' if 'transformers' in sys.modules else 'in time')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setitem(gpu.SIDES, "plain", replace(gpu.SIDES["plain"], packages=("patcher",)))
+    assert gpu.measured("plain", "samsum-bf16", 1, []) == {"error": "in time"}
 
 
 def test_samples_have_the_lengths_of_samsum() -> None:

@@ -61,7 +61,7 @@ def test_every_problem_is_told_at_once() -> None:
     assert "did you mean --lr?" in told[0]
     assert "smallest is 1" in told[1]
     assert "true or false" in told[2]
-    assert "4bit or 8bit" in told[3]
+    assert "4bit, 8bit or fp8" in told[3]
 
 
 def test_missing_keys_are_named() -> None:
@@ -106,6 +106,17 @@ INEFFECTIVE: list[tuple[dict[str, Any], str]] = [
     ({"use_peft": "true", "from_peft_checkpoint": "x", "lora_config.r": "16"}, "the adapter's own settings hold"),
     ({"peft_method": "lora"}, "--use_peft"),
     ({"quantization_config.quant_type": "nf4"}, "--quantization 4bit"),
+    ({"quantization_config.compute": "int8"}, "--quantization 4bit or fp8"),
+    ({"use_peft": "true", "quantization": "8bit", "quantization_config.compute": "int8"}, "--quantization 4bit or fp8"),
+    *(
+        ({"use_peft": "true", "quantization": "fp8", f"quantization_config.{key}": value}, "--quantization 4bit;")
+        for key, value in (
+            ("quant_type", "fp4"),
+            ("use_double_quant", "true"),
+            ("quant_storage", "float16"),
+            ("compute_dtype", "float32"),
+        )
+    ),
     ({"gradient_clipping_threshold": "0.3"}, "--gradient_clipping"),
     ({"lr_scheduler": "cosine", "gamma": "0.9"}, "--lr_scheduler step"),
     ({"group_by_length": "true"}, "--batching_strategy padding"),
@@ -128,6 +139,8 @@ def test_a_flag_without_effect_is_an_error_naming_the_remedy(flags: dict[str, An
     "flags",
     [
         {"quantization": "8bit"},
+        {"quantization": "fp8"},
+        {"lora_config.use_dora": "true", "use_peft": "true", "quantization": "fp8"},
         {"use_peft": "true", "freeze_layers": "true"},
         {"use_fp16": "true", "mixed_precision": "false"},
         {"warmup_steps": "1", "warmup_ratio": "0.1"},
@@ -158,6 +171,13 @@ def test_bare_quantization_is_8bit_and_says_so() -> None:
     loaded = load_config(RunConfig, {**NEEDED, "quantization": BARE, "use_peft": BARE})
     assert loaded.config.quantization == "8bit"
     assert any("8bit" in notice for notice in loaded.notices)
+
+
+@pytest.mark.parametrize("quantization", ["4bit", "fp8"])
+def test_matmuls_in_fp8_say_that_they_are_beyond_the_bound(quantization: str) -> None:
+    stored = {**NEEDED, "use_peft": BARE, "quantization": quantization}
+    told = [load_config(RunConfig, {**stored, "compute": compute}).notices for compute in ("int8", "fp8")]
+    assert ["beyond the bound" in " ".join(notices) for notices in told] == [False, True]
 
 
 def write(path: Path, text: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from llmrecipes.kernels import four_bit, quantize, rowwise, scaled_matmul, short_attention
+from llmrecipes.kernels import float8, four_bit, quantize, rotary, rowwise, scaled_matmul, short_attention
 
 BF16, F32, I8, F8, I32, U8 = "*bf16", "*fp32", "*i8", "*fp8e4nv", "*i32", "*u8"
 TURNED = {"largest": 127.0, "integer": True, "pieces": 64, "size": 172, "block": 256}
@@ -23,7 +23,11 @@ HOPPER = {**MATMUL, "descriptors": True, "tile_m": 128, "tile_n": 256, "tile_k":
 TILES = ("tensordesc<i8[128, 128]>", "tensordesc<i8[256, 128]>")
 
 KERNELS: dict[str, tuple[Any, tuple[str, ...], dict[str, Any]]] = {
-    "quantize": (quantize._quantize, (BF16, I8, F32, "i32"), TURNED),
+    "quantize": (quantize._quantize, (BF16, F32, I8, F32, "i32"), {"multiplies": False, **TURNED}),
+    "quantize, with factors": (
+        quantize._quantize, (BF16, F32, F8, F32, "i32"),
+        {"multiplies": True, **WHOLE, "largest": 448.0, "integer": False},
+    ),
     "norm": (
         rowwise._rms_norm,
         (BF16, BF16, BF16, I8, F32, "i32", "i32", "fp32"),
@@ -32,17 +36,25 @@ KERNELS: dict[str, tuple[Any, tuple[str, ...], dict[str, Any]]] = {
     "norm backward": (
         rowwise._rms_norm_backward, (BF16, BF16, BF16, BF16, BF16, "i32", "i32", "fp32"), {"block": 4096}
     ),
-    "swiglu": (rowwise._swiglu, (BF16, BF16, I8, F32, "i32", "i32"), {"quantizes": True, **TURNED}),
+    "swiglu": (rowwise._swiglu, (BF16, BF16, I8, F32, "i32", "i32"), {"quantizes": True, "part": 4096, **TURNED}),
     "swiglu backward": (
         rowwise._swiglu_backward,
         (BF16, BF16, BF16, BF16, I8, F32, "i32", "i32", "i32", "i32"),
-        {"quantizes": True, **WHOLE},
+        {"quantizes": True, "part": 4096, **WHOLE},
     ),
     "dropout": (rowwise._drop, (BF16, BF16, "i32", "i32", "fp32", "i32"), {"block": 1024}),
     "rotate": (
-        rowwise._rotate,
-        (BF16, BF16, BF16, BF16, "i32", "i32", "i32", "i32", "i32", "i32", "i32"),
-        {"back": True, "padded_heads": 32, "padded_half": 64},
+        rotary._rotate,
+        (BF16, BF16, BF16, "i32", "i32", "i32"),
+        {"heads": 40, "half": 64, "padded_heads": 64, "padded_half": 64},
+    ),
+    "rotate back": (
+        rotary._rotate_back,
+        (BF16, BF16, BF16, BF16, I8, F32, BF16, BF16, *("i32",) * 8),
+        {
+            "heads": 32, "key_heads": 8, "half": 64, "padded_heads": 32, "padded_key_heads": 8, "padded_half": 64,
+            "quantizes": True, "width": 6144, "part": 4096, "largest": 127.0, "integer": True,
+        },
     ),
     "expand": (
         four_bit._expand_rows,
@@ -58,6 +70,15 @@ KERNELS: dict[str, tuple[Any, tuple[str, ...], dict[str, Any]]] = {
         four_bit._expand_columns,
         (*PARTS, I8, F32, "i32", "i32", "i32"),
         {**FOUR_BIT, "aligned": True, "integer": True, "height": 128, "pairs": 32},
+    ),
+    "expand fp8": (
+        float8._expand_rows, (U8, F32, BF16, BF16, "i32"), {"scaled": False, "pieces": 1, "size": 11008, "block": 16384}
+    ),
+    "expand fp8 to int8": (
+        float8._expand_rows, (U8, F32, I8, F32, "i32"), {"scaled": True, "pieces": 64, "size": 172, "block": 256}
+    ),
+    "expand fp8 to int8, transposed": (
+        float8._expand_columns, (U8, F32, I8, F32, "i32", "i32", "i32"), {"height": 128, "across": 64}
     ),
     "matmul": (
         scaled_matmul._scaled_matmul,
@@ -82,7 +103,18 @@ KERNELS: dict[str, tuple[Any, tuple[str, ...], dict[str, Any]]] = {
     ),
 }  # fmt: skip
 
-WARPS = {"quantize": 8, "norm": 8, "swiglu": 8, "swiglu backward": 8, "matmul": 8, "matmul on Hopper": 8}
+WARPS = {
+    "quantize": 8,
+    "quantize, with factors": 8,
+    "expand fp8": 8,
+    "expand fp8 to int8": 8,
+    "norm": 8,
+    "swiglu": 8,
+    "swiglu backward": 16,
+    "rotate back": 8,
+    "matmul": 8,
+    "matmul on Hopper": 8,
+}
 """Where it is not 4: as many as the functions ask for."""
 
 SHARED_MEMORY = {89: 99 << 10, 90: 227 << 10}

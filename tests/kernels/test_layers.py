@@ -1,6 +1,7 @@
 """Laws of fused layers: loss and every gradient are those of transformers' own layers, whatever a layer keeps."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,13 +10,14 @@ import transformers
 from bitsandbytes.nn import Linear4bit, Params4bit
 from peft import LoraConfig, get_peft_model
 
-from llmrecipes.batch import Batch, Sample
+from llmrecipes.batch import Batch, Sample, predictions
 from llmrecipes.data.loaders import padded_batch
 from llmrecipes.kernels import decoder, head
 from llmrecipes.kernels.attention import apply_document_attention
 from llmrecipes.kernels.decoder import Keep
 from llmrecipes.kernels.head import fused_loss_sum
 from llmrecipes.kernels.layers import FusedLayer, UnknownLayerError, apply_fused_layers, decoder_layers
+from llmrecipes.models.float8 import Float8Linear
 from llmrecipes.precision import Precision
 from llmrecipes.training.loss import loss_sum
 
@@ -53,8 +55,10 @@ def build(tiny_model: Build) -> Build:
     ) -> Any:  # fmt: skip
         settings = {"hidden_size": 64, "intermediate_size": 128 if stored else 96, **settings}
         model = tiny_model(**settings).to(dtype)
-        if stored is not None:
-            stored(model)
+        for parent in [part for layer in model.model.layers for part in (layer.self_attn, layer.mlp)]:
+            for name, linear in list(parent.named_children()):
+                if stored is not None and isinstance(linear, torch.nn.Linear):
+                    setattr(parent, name, stored(linear))
         apply_document_attention(model)
         if not target_modules:
             return model.requires_grad_(True)
@@ -70,9 +74,12 @@ def build(tiny_model: Build) -> Build:
 
 
 def packed(samples: list[Sample]) -> Batch:
-    """Two rows of several documents, one of them a single token, with padding behind."""
+    """Two rows of several documents, one of them a single token, with padding behind, and filled predictions."""
     one = Sample(samples[0].input_ids[:1], samples[0].labels[:1], 99)
-    return padded_batch([[*samples[:5], one], samples[5:]])
+    batch = padded_batch([[*samples[:5], one], samples[5:]])
+    predicting, targets = predictions(batch.labels, 64)
+    assert len(targets) > batch.supervised_tokens
+    return replace(batch, predicting=predicting, targets=targets)
 
 
 def by_row(samples: list[Sample]) -> Batch:
@@ -89,14 +96,19 @@ def result(model: Any, batch: Batch, precision: Precision, loss: Any = loss_sum)
     return value.item(), torch.cat([each.grad.double().flatten() for _, each in named])
 
 
-def four_bit(model: Any) -> None:
-    """Stores the linear layers of a model's decoder layers as NF4."""
-    for parent in [part for layer in model.model.layers for part in (layer.self_attn, layer.mlp)]:
-        for name, linear in list(parent.named_children()):
-            if isinstance(linear, torch.nn.Linear):
-                made = Linear4bit(linear.in_features, linear.out_features, bias=False, quant_type="nf4")
-                made.weight = Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", module=made).to(CPU)
-                setattr(parent, name, made)
+def four_bit(linear: torch.nn.Linear) -> torch.nn.Linear:
+    """A linear layer stored as NF4."""
+    made = Linear4bit(linear.in_features, linear.out_features, bias=False, quant_type="nf4")
+    made.weight = Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", module=made).to(CPU)
+    return made
+
+
+def float8(linear: torch.nn.Linear) -> torch.nn.Linear:
+    """A linear layer stored in float8_e4m3fn."""
+    made = Float8Linear(linear)
+    made.weight = made.stored(linear.weight.data)
+    made.bias = linear.bias
+    return made
 
 
 @pytest.mark.parametrize("keep", list(Keep), ids=lambda keep: keep.name)
@@ -143,10 +155,17 @@ def test_in_bfloat16_the_error_is_not_above_the_plain_paths_own(
     assert (found - exact).norm() < 1.2 * (plain - exact).norm()
 
 
-def test_four_bits_are_bitsandbytes_own(build: Build, random_samples: Samples) -> None:
+@pytest.mark.parametrize(
+    ("stored", "settings"),
+    [(four_bit, {}), (float8, {}), (float8, {"attention_bias": True})],
+    ids=["4 bits", "fp8", "fp8, biases"],
+)
+def test_expanded_weights_are_their_own_layers(
+    stored: Any, settings: dict[str, Any], build: Build, random_samples: Samples
+) -> None:
     batch = packed(random_samples(8, longest=30))
-    expected_loss, expected = result(build(torch.float32, stored=four_bit), batch, FLOAT32)
-    model = build(torch.float32, stored=four_bit)
+    expected_loss, expected = result(build(torch.float32, stored=stored, **settings), batch, FLOAT32)
+    model = build(torch.float32, stored=stored, **settings)
     apply_fused_layers(model, torch.float32)
     found_loss, found = result(model, batch, FLOAT32, fused_loss_sum)
     assert found_loss == pytest.approx(expected_loss, rel=1e-5)
@@ -154,7 +173,7 @@ def test_four_bits_are_bitsandbytes_own(build: Build, random_samples: Samples) -
 
 
 @pytest.mark.parametrize("compute", ["int8", "fp8"])
-@pytest.mark.parametrize("stored", [None, four_bit], ids=["16 bits", "4 bits"])
+@pytest.mark.parametrize("stored", [None, four_bit, float8], ids=["16 bits", "4 bits", "fp8"])
 def test_8_bits_come_near(stored: Any, compute: str, build: Build, random_samples: Samples) -> None:
     batch = packed(random_samples(8, longest=30))
     exact = build(torch.float32, stored=stored)

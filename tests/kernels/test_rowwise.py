@@ -126,24 +126,6 @@ def test_swiglu_and_its_gradient(
     assert near(plain, x.grad, 1e-12) and near(hidden, expected.detach(), 1e-12)
 
 
-@pytest.mark.parametrize(("heads", "size"), [(3, 64), (5, 96), (4, 128)])
-def test_turning_by_positions_and_back(heads: int, size: int, kernel: Run, device: torch.device) -> None:
-    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
-
-    states = drawn(7, heads + 2, size, dtype=torch.float32, device=device)
-    angles = drawn(7, size // 2, dtype=torch.float32, device=device, seed=1).repeat(1, 2)
-    cosine, sine = angles.cos(), angles.sin()
-    turned = states[None, :, :heads].transpose(1, 2)
-    expected = apply_rotary_pos_emb(turned, turned, cosine[None], sine[None])[0].transpose(1, 2)[0]
-    for run in (kernel, lambda function, *given, **more: function(*given, **more)):
-        out = states.clone()
-        run(rowwise.rotate, out[:, :heads], cosine, sine, out=out[:, :heads])
-        assert torch.allclose(out[:, :heads], expected, atol=1e-6) and torch.equal(out[:, heads:], states[:, heads:])
-        back = torch.empty_like(out)
-        run(rowwise.rotate, out[:, :heads], cosine, sine, out=back[:, :heads], back=True)
-        assert torch.allclose(back[:, :heads], states[:, :heads], atol=1e-5)
-
-
 def test_dropping_is_a_function_of_the_seed_and_keeps_the_mean(kernel: Run, device: torch.device) -> None:
     rows = torch.ones(40, 1500, device=device)
     for run in (kernel, lambda function, *given: function(*given)):

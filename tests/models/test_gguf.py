@@ -1,5 +1,6 @@
 """A .gguf file becomes the model it was written from, once, or a one-line error."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,13 @@ from gguf.quants import dequantize, quantize
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from llmrecipes.config.loading import load_config
+from llmrecipes.config.schema import InferenceConfig
 from llmrecipes.errors import HardwareError, ModelError
 from llmrecipes.models import gguf as module
 from llmrecipes.models.gguf import convert_gguf, gguf_folder
+from llmrecipes.models.identity import base_of
+from llmrecipes.models.loading import resolve_model
 
 Kind = GGMLQuantizationType
 TEMPLATE = "{% for message in messages %}<s>{{ message['content'] }}</s>{% endfor %}"
@@ -296,6 +301,17 @@ def test_a_vocabulary_alone_is_told(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.close()
     refused(tmp_path / "vocab.gguf", tmp_path, "a GGUF without weights")
+
+
+def test_an_adapter_of_it_knows_its_base_by_the_file_under_any_name(packed: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy.gguf"
+    copy.write_bytes(packed.read_bytes())
+    found = []
+    for path in (packed, copy):
+        options = load_config(InferenceConfig, {"model_name": str(path)}).config
+        found.append(base_of(options, resolve_model(options)))
+    assert found[0].fingerprint == found[1].fingerprint and found[0].name != found[1].name
+    assert hashlib.sha256(packed.read_bytes()).hexdigest().startswith(found[0].weights) and found[0].weights
 
 
 def test_a_new_layout_takes_no_old_folder(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

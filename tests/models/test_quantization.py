@@ -29,6 +29,7 @@ SCHEMES: dict[str, tuple[str, dict[str, Any]]] = {
     "double": ("4bit", {"use_double_quant": True}),
     "stored as float32": ("4bit", {"quant_storage": "float32"}),
     "computing in bfloat16": ("4bit", {"compute_dtype": "bfloat16"}),
+    "fp8": ("fp8", {}),
 }
 
 
@@ -63,15 +64,18 @@ def test_every_linear_but_the_output_is_rounded_and_the_model_answers_as_one_of_
     assert count_parameters(model)[0] == total
     for name, parameter in plain.named_parameters():
         if name in rounded:
-            weight = unpacked(rounded[name])
+            weight = unpacked(model.get_submodule(name.removesuffix(".weight")))
             assert 0.001 < (weight - parameter).norm() / parameter.norm() < (0.01 if scheme == "8bit" else 0.15)
             parameter.data = weight
     tolerance = 0.05 if scheme in ("8bit", "computing in bfloat16") else 1e-4
     assert (logits(model) - logits(plain)).norm() / logits(plain).norm() < tolerance
 
 
-def unpacked(weight: Any) -> torch.Tensor:
-    """The numbers that a stored weight stands for, float32."""
+def unpacked(linear: Any) -> torch.Tensor:
+    """The numbers that a layer's stored weight stands for, float32."""
+    weight = linear.weight
+    if weight.dtype == torch.uint8:
+        return weight.view(torch.float8_e4m3fn).float() * linear.scales
     if getattr(weight, "quant_state", None) is not None:
         return functional.dequantize_4bit(weight.data, weight.quant_state).float()
     return weight.CB.float() * weight.SCB[:, None] / 127

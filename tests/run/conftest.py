@@ -1,6 +1,7 @@
 """A tiny Llama that can learn twelve sums by heart in a second, and the commands to do so, run in this process."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 from faults import COMMON, RUNS, forked
 
-from llmrecipes.command import run_command
+from llmrecipes.command import guarded, run_command
 
 PREPROCESSOR = '''
 """Twelve sums of one and two digits; the split `wrong` has every answer one too high."""
@@ -53,6 +54,8 @@ THOROUGH = {
 """With these on top the tiny Llama knows all sums."""
 
 Command = Callable[..., int]
+
+CANARY = "hf_" + "Canary0123456789Canary"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -203,6 +206,39 @@ def no_model_loads(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for module in (evaluate, finetune, infer, merge):
         monkeypatch.setattr(module, "load_model", refuse)
+
+
+@pytest.fixture
+def refusal(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[[Callable[[], int]], str]:  # fmt: skip
+    """Runs what must fail cleanly, and returns the one line that it says.
+
+    That is: exit code 2, nothing else on the screen, no more than 300 characters besides the folders of the tests, no
+    secret of the environment, and every file of the test as it was.
+    """
+    monkeypatch.setenv("HF_TOKEN", CANARY)
+
+    def run(action: Callable[[], int]) -> str:
+        before = files_below(tmp_path)
+        capsys.readouterr()
+        assert guarded(action) == 2
+        shown = capsys.readouterr()
+        assert shown.out == ""
+        (line,) = shown.err.splitlines()
+        assert line.startswith("error: ") and CANARY not in line
+        bare = re.sub(rf"{re.escape(str(tmp_path_factory.getbasetemp()))}(/[^/\s:]+)?", "", line)
+        assert len(bare) <= 300, f"{len(bare)} characters"
+        assert files_below(tmp_path) == before
+        return line
+
+    return run
+
+
+def files_below(folder: Path) -> dict[str, bytes | None]:
+    """Everything below a folder, files byte for byte."""
+    return {str(path): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
 @pytest.fixture(scope="session")

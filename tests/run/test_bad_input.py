@@ -19,20 +19,9 @@ Tensors = dict[str, torch.Tensor]
 
 
 @pytest.fixture
-def refused(finetune: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+def refused(finetune: Command, refusal: Callable[..., str], tmp_path: Path) -> Callable[..., str]:
     """Runs a fine-tuning that must fail cleanly; returns its one line."""
-
-    def run(**flags: Any) -> str:
-        capsys.readouterr()
-        assert guarded(lambda: finetune(tmp_path / "out", **flags)) == 2
-        shown = capsys.readouterr()
-        assert shown.out == ""
-        (line,) = shown.err.splitlines()
-        assert line.startswith("error: ") and len(line) < 600
-        assert not (tmp_path / "out").exists()
-        return line
-
-    return run
+    return lambda **flags: refusal(lambda: finetune(tmp_path / "out", **flags))
 
 
 # --- the model folder -------------------------------------------------------------------------------------------------
@@ -125,6 +114,10 @@ BROKEN_WEIGHTS: dict[str, tuple[Edit, str]] = {
         weights(lambda w: w.update({"model.norm.weight": torch.ones(5)})),
         "1 mismatched tensors, such as model.norm.weight",
     ),
+    "other shape of a linear layer": (
+        weights(lambda w: w.update({"model.layers.1.mlp.up_proj.weight": torch.ones(3, 64)})),
+        "1 mismatched tensors, such as model.layers.1.mlp.up_proj.weight",
+    ),
     "more layers": (config(num_hidden_layers=3), "9 missing tensors, such as model.layers.2"),
     "fewer layers": (config(num_hidden_layers=1), "9 unexpected tensors, such as model.layers.1"),
     "not a number": (
@@ -135,7 +128,7 @@ BROKEN_WEIGHTS: dict[str, tuple[Edit, str]] = {
 
 
 @pytest.mark.parametrize(
-    "storage", [{}, {"quantization": "8bit"}, {"quantization": "4bit"}], ids=["plain", "8bit", "4bit"]
+    "storage", [{}, *({"quantization": kind} for kind in ("8bit", "4bit", "fp8"))], ids=["plain", "8bit", "4bit", "fp8"]
 )
 @pytest.mark.parametrize("name", BROKEN_WEIGHTS)
 def test_weights_that_are_not_those_of_the_config_are_told(
@@ -173,25 +166,96 @@ OTHER_BASES: dict[str, dict[str, Any]] = {
     "width": {"hidden_size": 32},
     "more layers": {"num_hidden_layers": 3},
     "fewer layers": {"num_hidden_layers": 1},
+    "other weights": {},
 }
 
 
-@pytest.mark.parametrize("name", OTHER_BASES)
-def test_an_adapter_of_another_base_is_told(
-    name: str, refused: Callable[..., str], infer: Command, tuned: Path, model_folder: Path, tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+USES = ("finetuning", "inference", "evaluation", "merging")
+
+
+def other_base(base: Path, folder: Path, **changes: Any) -> Path:
+    """A model of other random weights, which is all that differs unless a setting does."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    shutil.copytree(model_folder, tmp_path / "model")
-    settings = {**LlamaConfig.from_pretrained(model_folder).to_dict(), **OTHER_BASES[name], "head_dim": None}
-    LlamaForCausalLM(LlamaConfig(**settings)).save_pretrained(tmp_path / "model")
-    flags = {"model_name": str(tmp_path / "model")}
-    line = refused(from_peft_checkpoint=tuned, **{"lora_config.lora_dropout": None}, **flags)
-    assert f"--from_peft_checkpoint {tuned}: the adapter " in line
-    assert "size mismatch" in line or "trained on another base model" in line
-    assert guarded(lambda: infer("2+3=", peft_model=str(tuned), **flags)) == 2
-    assert f"error: --peft_model {tuned}: the adapter " in capsys.readouterr().err
+    shutil.copytree(base, folder)
+    settings = {**LlamaConfig.from_pretrained(base).to_dict(), **changes}
+    torch.manual_seed(1)
+    LlamaForCausalLM(LlamaConfig(**{**settings, **({"head_dim": None} if changes else {})})).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def adapter_users(
+    finetune: Command, infer: Command, evaluate: Command, merge: Command, tuned: Path, tmp_path: Path
+) -> Callable[..., int]:
+    """Puts the tuned adapter on a base, by each command that does."""
+
+    def use(name: str, **flags: Any) -> int:
+        if name == "finetuning":
+            given = {"from_peft_checkpoint": tuned, "lora_config.lora_dropout": None, "num_epochs": 1, **flags}
+            return finetune(tmp_path / "out", **given)
+        if name == "merging":
+            return merge(tuned, tmp_path / "out", **flags)
+        return {"inference": lambda **given: infer("2+3=", **given), "evaluation": evaluate}[name](
+            peft_model=str(tuned), **flags
+        )
+
+    return use
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("name", OTHER_BASES)
+def test_an_adapter_of_another_base_is_told(
+    name: str, use: str, adapter_users: Callable[..., int], tuned: Path, model_folder: Path, tmp_path: Path,
+    no_model_loads: None, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    other = other_base(model_folder, tmp_path / "model", **OTHER_BASES[name])
+    assert guarded(lambda: adapter_users(use, model_name=str(other))) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    flag = "from_peft_checkpoint" if use == "finetuning" else "peft_model"
+    assert line.startswith(f"error: --{flag} {tuned}: it was trained on the base {model_folder} (")
+    assert f"and --model_name {other} (" in line and "another one: other weights" in line
+    assert ("another config.json" in line) == (name != "other weights")
+    assert line.endswith("give that base, or use this one all the same with --allow_base_mismatch")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("name", OTHER_BASES)
+def test_another_base_may_be_allowed_if_its_shapes_fit(
+    name: str, use: str, adapter_users: Callable[..., int], tuned: Path, model_folder: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    other = other_base(model_folder, tmp_path / "model", **OTHER_BASES[name])
+    code = guarded(lambda: adapter_users(use, model_name=str(other), allow_base_mismatch="true"))
+    shown = capsys.readouterr()
+    if name == "other weights":
+        assert code == 0
+        assert "was trained on the base " in "".join(shown)
+        return
+    assert code == 2
+    (line,) = [line for line in shown.err.splitlines() if line.startswith("error: ")]
+    assert f"{tuned}: the adapter " in line and ("size mismatch" in line or "trained on another base model" in line)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_that_names_no_base_is_used_and_that_is_told(
+    infer: Command, tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(tuned, tmp_path / "adapter")
+    (tmp_path / "adapter" / "base.json").unlink()
+    assert infer("9+3=", peft_model=str(tmp_path / "adapter")) == 0
+    shown = capsys.readouterr()
+    assert shown.out == "12\n"
+    assert f"note: --peft_model {tmp_path / 'adapter'}: it does not say which base it was trained on" in shown.err
+
+
+def test_an_adapter_continued_on_another_base_is_of_that_one(
+    adapter_users: Callable[..., int], model_folder: Path, tmp_path: Path
+) -> None:
+    other = other_base(model_folder, tmp_path / "model")
+    assert adapter_users("finetuning", model_name=str(other), allow_base_mismatch="true") == 0
+    assert json.loads((tmp_path / "out" / "base.json").read_text())["name"] == str(other)
 
 
 BROKEN_ADAPTERS: dict[str, tuple[Edit, str]] = {
@@ -206,6 +270,14 @@ BROKEN_ADAPTERS: dict[str, tuple[Edit, str]] = {
         "it has no adapter_model.safetensors",
     ),
     "cut short": (holding("adapter_model.safetensors", b"12345678"), "broken or cut short at 8 bytes"),
+    "a base of two lines": (
+        holding("base.json", b'{"name": "a\\nb", "revision": "", "config": "", "weights": ""}'),
+        "base.json: not the base.json that fine-tuning writes",
+    ),
+    "a base that is none": (
+        holding("base.json", b'{"name": 1}'),
+        "base.json: not the base.json that fine-tuning writes",
+    ),
     "another method": (
         lambda folder: (folder / "adapter_config.json").write_text('{"peft_type": "IA3"}') and None,
         "it holds a IA3 adapter, and --peft_method is lora; expected one of LORA",

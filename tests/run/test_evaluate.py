@@ -78,7 +78,7 @@ def test_the_base_side_is_the_base_also_where_the_adapter_changed_its_biases(
     assert [cells[3] for cells in both] != alone
 
 
-@pytest.mark.parametrize("flags", [{"quantization": "8bit"}, {"quantization": "4bit"}, {"use_fp16": "true"}])
+@pytest.mark.parametrize("flags", [*({"quantization": kind} for kind in ("8bit", "4bit", "fp8")), {"use_fp16": "true"}])
 def test_a_quantized_or_half_precision_base_is_compared_as_well(
     flags: dict[str, str], finetune: Command, evaluate: Command, thorough: dict[str, str], tmp_path: Path,
     capsys: Printed,

@@ -1,5 +1,6 @@
 """Laws of faults: whatever happens to a run, one line says so, and nothing that was saved is lost."""
 
+import errno
 import fcntl
 import json
 import os
@@ -14,7 +15,19 @@ from typing import Any
 
 import pytest
 import yaml
-from faults import COMMON, appears, assert_equal, at_write, begun, count_writes, curve, disk_full, ended, forked
+from faults import (
+    COMMON,
+    appears,
+    assert_equal,
+    at_write,
+    begun,
+    count_writes,
+    curve,
+    disk_full,
+    ended,
+    failing,
+    forked,
+)
 from safetensors.torch import load_file
 
 from llmrecipes.command import guarded
@@ -57,6 +70,27 @@ def test_a_disk_that_is_full_at_some_writes_loses_nothing(
             check_folder(checkpoint)
         assert forked(lambda folder=folder: finetune(folder, **DROPOUT)) == 0
         assert_equal(folder, undisturbed("lora with dropout"))
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EDQUOT, errno.EROFS], ids=["broken", "quota", "read-only"])
+def test_a_disk_that_fails_from_some_write_on_loses_nothing(
+    code: int, finetune: Command, undisturbed: Callable[[str], Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "out"
+
+    def run() -> int:
+        at_write(1, folder / ".tmp-step-000006" / "trainer.json", failing(code), lasting=True)
+        return guarded(lambda: finetune(folder, **DROPOUT))
+
+    assert forked(run) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"error: {folder}: it could not be written to ({os.strerror(code)})")
+    assert line.endswith("what was saved before is whole: make room, and run it again")
+    assert [path.name for path in checkpoints(folder)] == ["step-000004", "step-000002"]
+    for checkpoint in checkpoints(folder):
+        check_folder(checkpoint)
+    assert forked(lambda: finetune(folder, **DROPOUT)) == 0
+    assert_equal(folder, undisturbed("lora with dropout"))
 
 
 def test_metrics_that_cannot_be_written_are_one_line(
@@ -212,6 +246,39 @@ def test_a_signal_while_loading_stops_at_once_with_nothing_to_save(
     name = signal.Signals(kind).name
     assert capsys.readouterr().err == f"error: stopped by {name} before the first step, so there was nothing to save\n"
     assert not (tmp_path / "out").exists() and signal.getsignal(kind) is before
+
+
+def test_ctrl_c_while_loading_stops_at_once(
+    finetune: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "slow.py").write_text(
+        "import os, signal\n"
+        "def slow(config, tokenizer, split):\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    raise AssertionError('it went on')\n"
+    )
+    flags = {"custom_dataset.file": f"{tmp_path / 'slow.py'}:slow"}
+    assert guarded(lambda: finetune(tmp_path / "out", **flags)) == 130
+    assert capsys.readouterr() == ("", "error: stopped by Ctrl-C\n")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_while_saving_ends_the_run_behind_a_whole_checkpoint(
+    kind: int, finetune: Command, undisturbed: Callable[[str], Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def run() -> int:
+        place = tmp_path / "out" / ".tmp-step-000006" / "trainer.json"
+        at_write(1, place, lambda what: os.kill(os.getpid(), kind))
+        return finetune(tmp_path / "out", **DROPOUT)
+
+    assert forked(run) == 143
+    assert capfd.readouterr().err == ""
+    told = status(tmp_path / "out")
+    assert (told["state"], told["signal"], told["checkpoint"]) == ("stopped", signal.Signals(kind).name, "step-000006")
+    assert check_folder(tmp_path / "out" / "step-000006")["step"] == 6
+    assert forked(lambda: finetune(tmp_path / "out", **DROPOUT)) == 0
+    assert_equal(tmp_path / "out", undisturbed("lora with dropout"))
 
 
 def long_run(finetune: Command, tmp_path: Path, **flags: Any) -> list[str]:

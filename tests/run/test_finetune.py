@@ -159,7 +159,9 @@ def test_workers_change_nothing(finetune: Command, losses: Losses, tmp_path: Pat
     assert losses(tmp_path / "none") == losses(tmp_path / "two")
 
 
-@pytest.mark.parametrize("storage", [{}, {"quantization": "4bit"}], ids=["plain", "4bit"])
+@pytest.mark.parametrize(
+    "storage", [{}, {"quantization": "4bit"}, {"quantization": "fp8"}], ids=["plain", "4bit", "fp8"]
+)
 def test_a_validation_changes_nothing_of_the_training_behind_it(
     storage: dict[str, str], finetune: Command, losses: Losses, tmp_path: Path
 ) -> None:

@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from faults import COMMON, assert_equal
 from peft import LoraConfig, get_peft_model
 
-from llmrecipes.batch import Sample
-from llmrecipes.data.loaders import padded_batch
+from llmrecipes.batch import Batch, Sample, document_spans
+from llmrecipes.data.loaders import Loader, padded_batch
 from llmrecipes.kernels.attention import apply_document_attention, document_layout
 from llmrecipes.kernels.decoder import Keep
+from llmrecipes.kernels.graphs import Replayed
 from llmrecipes.kernels.head import fused_loss_sum
 from llmrecipes.kernels.layers import apply_fused_layers, decoder_layers
 from llmrecipes.precision import Precision
@@ -29,6 +31,9 @@ RUNS: dict[str, dict[str, str]] = {
     "fp16": {"mixed_precision": "None", "use_fp16": "true"},
     "8bit": {"mixed_precision": "true", "quantization": "8bit"},
     "nf4": {"mixed_precision": "true", "quantization": "4bit"},
+    "fp8": {"mixed_precision": "true", "quantization": "fp8"},
+    "fp8, int8": {"mixed_precision": "true", "quantization": "fp8", "quantization_config.compute": "int8"},
+    "fp8, fp8": {"mixed_precision": "true", "quantization": "fp8", "quantization_config.compute": "fp8"},
     "fp4, double": {
         "mixed_precision": "true",
         "quantization": "4bit",
@@ -114,3 +119,72 @@ def test_fused_gradients_are_those_of_float32(
 
     exact, found = gradient(torch.float32, False), gradient(dtype, True)
     assert torch.nn.functional.cosine_similarity(found, exact, dim=0) > cosine
+
+
+RESUMED: dict[str, dict[str, Any]] = {
+    "lora with dropout": {"lora_config.lora_dropout": 0.2},
+    "full": {"use_peft": None, "lora_config.lora_dropout": None, "lr": 1e-3},
+    "nf4": {"quantization": "4bit", "mixed_precision": True, "lora_config.lora_dropout": 0.2},
+    "packed, replayed": {"batching_strategy": "packing", "context_length": 16, "mixed_precision": True},
+    "packed, int8 over nf4": {
+        "batching_strategy": "packing", "context_length": 16, "mixed_precision": True, "quantization": "4bit",
+        "quantization_config.compute": "int8", "optimizer": "adamw_fused",
+    },
+    "fp16, 8-bit optimizer": {"use_fp16": True, "mixed_precision": None, "optimizer": "adamw_8bit"},
+    "paged optimizer": {"optimizer": "paged_adamw_8bit"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_stopped_and_resumed_a_run_on_a_gpu_is_equal_to_the_bit(name: str, finetune: Command, tmp_path: Path) -> None:
+    (tmp_path / "stop.py").write_text(
+        "import os, signal\n"
+        "def at_4(record):\n"
+        "    if record['kind'] == 'step' and record['step'] == 4:\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+    )
+    flags = {**COMMON, "device": "cuda", "deterministic": True, **RESUMED[name]}
+    assert finetune(tmp_path / "whole", **flags) == 0
+    assert finetune(tmp_path / "cut", report_to=f"{tmp_path / 'stop.py'}:at_4", **flags) == 143
+    assert finetune(tmp_path / "cut", **flags) == 0
+    assert_equal(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_a_replayed_batch_is_the_computed_one_to_the_bit(random_samples: Callable[..., list[Sample]]) -> None:
+    device = torch.device("cuda")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, vocab_size=260,
+    )  # fmt: skip
+    model: Any = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    apply_document_attention(model)
+    model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")).to(device)
+    apply_fused_layers(model, torch.bfloat16)
+    layers = list(decoder_layers(model))
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        torch.nn.init.normal_(parameter, std=0.1)
+    precision = Precision(device, torch.bfloat16, torch.float32, loss_scaling=False)
+    replayed = Replayed(fused_loss_sum, parameters, lambda: [layer.refresh() for layer in layers], lambda: True)
+    loader = Loader(
+        random_samples(80, longest=100), "packing", 512, 1, seed=0, layout=document_spans, fixed_shapes=True
+    )
+    losses = []
+
+    def gradient(loss: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        model.zero_grad()
+        value = loss(model, batch.to(device), precision)
+        (value / 7).backward()
+        return value.detach(), torch.cat([each.grad.flatten() for each in parameters])
+
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2, fused=True)
+    for window in loader.windows(0):
+        computed = Replayed(fused_loss_sum, parameters, replayed.refresh, lambda: False)
+        expected_loss, expected = gradient(computed, window[0])
+        found_loss, found = gradient(replayed, window[0])
+        assert torch.equal(found_loss, expected_loss) and torch.equal(found, expected)
+        losses.append(float(found_loss))
+        optimizer.step()
+        torch.autograd.graph.increment_version(parameters)
+    assert len(set(losses)) == len(losses) > 4
+    assert any(replayed.records.values())

@@ -25,6 +25,8 @@ Printed = pytest.CaptureFixture[str]
 
 SCHEMES: dict[str, dict[str, str]] = {
     "8bit": {"quantization": "8bit"},
+    "fp8": {"quantization": "fp8"},
+    "fp8, bfloat16": {"quantization": "fp8", "mixed_precision": "true"},
     "nf4": {"quantization": "4bit"},
     "fp4": {"quantization": "4bit", "quantization_config.quant_type": "fp4"},
     "nf4, double": {"quantization": "4bit", "quantization_config.use_double_quant": "true"},
@@ -144,6 +146,7 @@ def test_a_base_stored_otherwise_than_in_training_is_told(
     assert wanted in told(tmp_path / "out", **SCHEMES["nf4"])
     assert "stored in another way" not in told(tmp_path / "out", **fp4)
     assert "leave --quantization out" in told(tmp_path / "plain", quantization="8bit")
+    assert wanted in told(tmp_path / "out", quantization="fp8")
     assert "stored in another way" not in told(tmp_path / "plain")
 
 

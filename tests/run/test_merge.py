@@ -61,6 +61,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "rslora": {"lora_config.use_rslora": True},
     "dora": {"lora_config.use_dora": True},
     "8bit": {"quantization": "8bit"},
+    "fp8": {"quantization": "fp8"},
     "nf4": {"quantization": "4bit"},
     "fp4": {"quantization": "4bit", "quantization_config.quant_type": "fp4"},
 }

@@ -188,8 +188,8 @@ def test_a_run_replaces_another_one_and_its_best_last_and_steps(finetune: Comman
     assert sorted(path.name for path in (tmp_path / "out").glob("step-*")) == ["step-000004", "step-000006"]
     finetune(tmp_path / "out", overwrite_output_dir=True, num_epochs=1)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "adapter_config.json", "adapter_model.safetensors", "manifest.json", "metrics.jsonl", "prompt.json", "run.yaml",
-        "status.json", "tokenizer.json", "tokenizer_config.json",
+        "adapter_config.json", "adapter_model.safetensors", "base.json", "manifest.json", "metrics.jsonl",
+        "prompt.json", "run.yaml", "status.json", "tokenizer.json", "tokenizer_config.json",
     ]  # fmt: skip
     assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 3
 

@@ -71,6 +71,13 @@ def test_its_memory_is_within_a_tenth_of_what_was_measured(name: str) -> None:
     assert found.peak / 2**30 == pytest.approx(measured, rel=0.1)
 
 
+def test_a_base_in_fp8_takes_a_byte_a_weight_and_four_a_row() -> None:
+    flags = LORA | {"batch_size_training": "4"}
+    stored, plain = (planned(flags | kind, 141 * 10**9)[2].weights for kind in ({"quantization": "fp8"}, {}))
+    rows, weights = 32 * (5 * 4096 + 2 * 11008), 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    assert plain - stored == weights - 4 * rows
+
+
 def test_a_smaller_card_gets_smaller_batches_and_then_keeps_less() -> None:
     flags = LORA | NESTED | {"batch_size_training": "4"}
     pieces, keeps, found = planned(flags, 24 << 30)
@@ -146,11 +153,11 @@ def test_what_would_not_be_fused_is_not_planned(flags: dict[str, str], told: str
 
 
 def test_a_card_computes_what_it_can(plan: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
-    stored = {"use_peft": "true", "quantization": "4bit"}
+    stored = {"use_peft": "true", "quantization": "fp8"}
     with pytest.raises(HardwareError, match="fp8: this GPU has no 8-bit floating point"):
         plan(card="a100", **stored, **{"quantization_config.compute": "fp8"})
     assert plan(card="a100", **stored) == 0
-    assert "matmuls exact" in capsys.readouterr().out  # too narrow for 8 bits to pay
+    assert "base in fp8, matmuls exact" in capsys.readouterr().out  # too narrow for 8 bits to pay
     assert plan(card="3090", fit="100GiB") == 0
     assert "of 24.0 GiB" in capsys.readouterr().out
 

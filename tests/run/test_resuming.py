@@ -443,12 +443,13 @@ def test_a_hostile_checkpoint_runs_nothing(
         shutil.copytree(stopped, tmp_path / name)
         for folder in checkpoints(tmp_path / name):
             (folder / file).write_bytes(content)
-            (folder / "evil.pkl").write_bytes(b"cos\nsystem\n(S'touch /tmp/evil'\ntR.")
+            (folder / "evil.pkl").write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "evil").encode() + b"'\ntR.")
             (folder / "manifest.json").unlink()
             seal(folder, {"kind": "checkpoint"})
         assert guarded(lambda name=name: finetune(tmp_path / name, **DROPOUT)) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("error: --resume auto: none of the checkpoints in ") and len(line) < 700
+    assert not (tmp_path / "evil").exists()
 
 
 def test_a_resume_that_names_nothing(

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from faults import COMMON, forked
 
-from llmrecipes.command import guarded
+from llmrecipes.command import guarded, run_command
+from llmrecipes.run.verify import verify
 
 Command = Callable[..., int]
 
@@ -39,6 +40,34 @@ def test_no_secret_of_the_environment_is_written_or_shown(
     for told in ("bad/status.json", "sick/status.json", "sick/black-box/error.txt"):
         assert "(redacted)" in (tmp_path / told).read_text(), told
     written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    for name, value in CANARIES.items():
+        assert value not in shown, name
+        assert value.encode() not in written, name
+
+
+def test_no_command_shows_a_secret_of_the_environment(
+    finetune: Command, infer: Command, evaluate: Command, merge: Command, tuned: Path, model_folder: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    for name, value in CANARIES.items():
+        monkeypatch.setenv(name, value)
+    adapter, tokenizer = str(tuned), {"tokenizer_name": str(model_folder)}
+    data = {"dataset": "custom_dataset", "custom_dataset.file": f"{tmp_path / 'crash.py'}:crash", **tokenizer}
+    (tmp_path / "crash.py").write_text("import os\ndef crash(*given):\n    raise OSError(2, 'nothing', 'x.csv')\n")
+    commands: dict[str, tuple[Callable[[], int], int]] = {
+        "print_config": (lambda: finetune(tmp_path / "none", print_config="true"), 0),
+        "inference": (lambda: infer("9+3=", peft_model=adapter), 0),
+        "evaluation": (lambda: evaluate(peft_model=adapter, output_file=str(tmp_path / "report.md")), 0),
+        "merging": (lambda: merge(tuned, tmp_path / "merged"), 0),
+        "verify": (lambda: verify([str(tuned), str(tmp_path / "merged")]), 0),
+        "a crash": (lambda: run_command("data check", data), 2),
+        "no model": (lambda: infer("9+3=", model_name="org/${oc.env:HF_TOKEN}"), 2),
+    }
+    for name, (run, code) in commands.items():
+        assert guarded(run) == code, name
+    shown = "".join(capfd.readouterr())
+    written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert "12" in shown and "x.csv" in shown
     for name, value in CANARIES.items():
         assert value not in shown, name
         assert value.encode() not in written, name

@@ -26,6 +26,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "the whole model": {"use_peft": None, "lora_config.lora_dropout": None, "lr": 1e-3},
     "adamw_fused": {"optimizer": "adamw_fused"},
     "4bit": {"quantization": "4bit", "quantization_config.compute": "bf16"},
+    "fp8": {"quantization": "fp8", "quantization_config.compute": "bf16"},
 }
 
 
@@ -42,16 +43,20 @@ def test_fused_layers_learn_as_the_plain_ones(
     assert losses(tmp_path / "fast") == pytest.approx(losses(tmp_path / "plain"), rel=2e-4)
 
 
+@pytest.mark.parametrize(("quantization", "compute"), [("4bit", "int8"), ("fp8", "int8"), ("fp8", "fp8")])
 def test_8_bit_matmuls_learn_and_their_error_is_told(
-    finetune: Command, losses: Losses, thorough: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    flags = {**thorough, "quantization": "4bit"}
+    quantization: str, compute: str, finetune: Command, losses: Losses, thorough: dict[str, str], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    flags = {**thorough, "quantization": quantization}
     finetune(tmp_path / "exact", **flags, **{"quantization_config.compute": "bf16"})
     capsys.readouterr()
-    finetune(tmp_path / "int8", **flags, **{"quantization_config.compute": "int8"})
-    assert "matmuls in int8 (error of a layer" in " ".join(capsys.readouterr().out.split())
-    exact, rounded = losses(tmp_path / "exact"), losses(tmp_path / "int8")
-    assert rounded != exact and rounded[:5] == pytest.approx(exact[:5], rel=0.05)
+    finetune(tmp_path / "rounded", **flags, **{"quantization_config.compute": compute})
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"matmuls in {compute} (error of a layer" in told
+    assert ("beyond the bound" in told) == (compute == "fp8")
+    exact, rounded = losses(tmp_path / "exact"), losses(tmp_path / "rounded")
+    assert rounded != exact and rounded[:3] == pytest.approx(exact[:3], rel=0.05)
     assert rounded[-1] < 0.1 * rounded[0]
 
 

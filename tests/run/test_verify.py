@@ -38,7 +38,8 @@ def test_a_run_and_each_of_its_checkpoints_is_whole(
 def test_a_result_is_sealed_file_by_file(run_folder: Path) -> None:
     named = check_folder(run_folder)["files"]
     assert set(named) == {
-        "adapter_config.json", "adapter_model.safetensors", "prompt.json", "tokenizer.json", "tokenizer_config.json"
+        "adapter_config.json", "adapter_model.safetensors", "base.json", "prompt.json", "tokenizer.json",
+        "tokenizer_config.json",
     }  # fmt: skip
 
 

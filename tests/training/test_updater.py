@@ -1,5 +1,6 @@
 """Laws of the optimizer step: equal to plain PyTorch in float64, clipped, scaled, and deaf to what is not finite."""
 
+import json
 import math
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from llmrecipes.precision import Precision, resolve_precision
 from llmrecipes.training.loop import train_step
 from llmrecipes.training.optimizers import OPTIMIZERS
 from llmrecipes.training.schedules import SCHEDULES, Progress
+from llmrecipes.training.spikes import Spikes
 from llmrecipes.training.updater import Updater
 
 CPU = torch.device("cpu")
@@ -126,6 +128,22 @@ def test_loss_scaling_may_skip_while_it_finds_its_scale() -> None:
     updater.step(START, ONE)
     with pytest.raises(TrainingError, match="19 times"):
         updater.check_health(0)
+
+
+def test_what_a_run_has_learned_of_itself_goes_on_with_it() -> None:
+    model, updater = one_parameter(Precision(CPU, torch.float16, torch.float32, loss_scaling=True))
+    updater.halvings = 2
+    updater.backward(model.weight.sum() * math.inf)
+    updater.step(START, ONE)
+    _, other = one_parameter(Precision(CPU, torch.float16, torch.float32, loss_scaling=True))
+    updater.spikes, other.spikes = Spikes(6.0), Spikes(6.0)
+    for step in range(70):
+        updater.spikes.judge(2.0 + step % 3, 1.0)
+    assert other.plain() != updater.plain()
+    other.restore(json.loads(json.dumps(updater.plain())))
+    assert other.plain() == updater.plain()
+    assert (other.halvings, other.skipped_in_a_row) == (2, 1)
+    assert other.spikes.judge(50.0, 1.0) == updater.spikes.judge(50.0, 1.0) is not None
 
 
 def test_clipping_bounds_the_step() -> None:
