@@ -24,7 +24,7 @@ from llmrecipes.precision import Precision, device_name
 from llmrecipes.reports.trackers import METRICS_FILE
 from llmrecipes.run.blackbox import FOLDER as BLACK_BOX
 from llmrecipes.run.checkpoints import Checkpoints, versions
-from llmrecipes.run.manifest import flush
+from llmrecipes.run.manifest import ManifestError, check_folder, flush
 from llmrecipes.run.output import (
     ResultWriter,
     check_still_new,
@@ -68,6 +68,8 @@ class Keeper:
         self.origin: Origin | None = None
         self._finished: Mapping[str, Any] | None = None
         """status.json of the run in the folder, where that is done and its settings are this one's"""
+        self._spoiled = ""
+        """why the result of such a run is none"""
         self._lock = RunLock()
         self._new = False
         """whether the folder was not there when this run began"""
@@ -93,6 +95,11 @@ class Keeper:
             if not self._new:
                 self._lock.acquire(folder)
         self._finished = finished_run(self.config, folder)
+        try:
+            if self._finished and self.config.save_model:
+                check_folder(folder)
+        except ManifestError as error:
+            self._finished, self._spoiled = None, str(error)
         self.origin = None if self._finished else find_origin(self.config, folder)
 
     def finished(self, describe: Describe) -> bool:
@@ -115,7 +122,8 @@ class Keeper:
         folder = local_path(self.config.output_dir)
         box = self._is_of(folder) and (folder / BLACK_BOX).is_dir()
         aside = [f"the {BLACK_BOX} of the run before is set aside"] if box else []
-        return [goes_on, *self.origin.told, *told, *aside]
+        anew = [f"the result of the run before is written anew: {self._spoiled}"] if self._spoiled else []
+        return [goes_on, *self.origin.told, *told, *aside, *anew]
 
     def claim(self, folder: Path, loaded: Loaded[RunConfig], values: Mapping[str, object]) -> None:
         """Makes the folder this run's own: emptied of an older run, or rewound to the checkpoint."""

@@ -132,6 +132,27 @@ def test_a_run_is_not_done_where_its_data_or_program_is_another(
     assert again() == 0
 
 
+def test_a_run_whose_result_is_lost_is_not_done(
+    finetune: Command, undisturbed: Callable[[str], Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(undisturbed("lora with dropout"), tmp_path / "out")
+    (tmp_path / "out" / "adapter_model.safetensors").unlink()
+    assert forked(lambda: finetune(tmp_path / "out", **DROPOUT)) == 0
+    shown = " ".join(capfd.readouterr().out.split())
+    assert "the result of the run before is written anew: adapter_model.safetensors is missing" in shown
+    assert_equal(tmp_path / "out", undisturbed("lora with dropout"))
+
+
+def test_a_run_that_saved_nothing_is_not_done_where_its_result_is_wanted(
+    finetune: Command, undisturbed: Callable[[str], Path], tmp_path: Path
+) -> None:
+    flags = {**DROPOUT, "save_steps": None}
+    assert forked(lambda: finetune(tmp_path / "out", **flags, save_model=False)) == 0
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+    assert forked(lambda: finetune(tmp_path / "out", **flags)) == 0
+    assert_equal(tmp_path / "out", undisturbed("lora with dropout"))
+
+
 def test_a_run_goes_on_in_another_folder_from_a_checkpoint_that_is_named(
     finetune: Command, undisturbed: Callable[[str], Path], tmp_path: Path
 ) -> None:
