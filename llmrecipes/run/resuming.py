@@ -105,8 +105,11 @@ def finished_run(config: RunConfig, folder: Path) -> dict[str, Any] | None:
     """Returns the status of the run in a folder, where that is done and had the same settings, else None."""
     asked = config.resume == "auto" and not config.overwrite_output_dir
     status = read_status(folder) if asked else {}
+    if status.get("state") != "done" or not isinstance(status.get("step"), int):
+        return None
     same = (compared_settings(config), named_inputs(config))
-    return status if status.get("state") == "done" and (status.get("settings"), status.get("inputs")) == same else None
+    known = (status.get("settings"), status.get("inputs")) == same and isinstance(status.get("plugins"), dict)
+    return status if known else None
 
 
 def read_trainer(folder: Path) -> dict[str, Any]:

@@ -107,6 +107,6 @@ def read_status(folder: Path) -> dict[str, Any]:
     """Returns what status.json says; empty where there is none that can be read."""
     try:
         status = json.loads((folder / STATUS_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return status if isinstance(status, dict) else {}

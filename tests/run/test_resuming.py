@@ -153,6 +153,25 @@ def test_a_run_that_saved_nothing_is_not_done_where_its_result_is_wanted(
     assert_equal(tmp_path / "out", undisturbed("lora with dropout"))
 
 
+UNKNOWN: dict[str, Callable[[dict[str, Any]], str]] = {
+    "deep": lambda told: "[" * 100_000,
+    "no run's": lambda told: '{"state": "done"}',
+    "plug-ins": lambda told: json.dumps({**told, "plugins": ["mine.py"]}),
+    "step": lambda told: json.dumps({**told, "step": "\x1b[2J"}),
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_a_status_that_no_run_wrote_tells_of_no_run_that_is_done(
+    name: str, finetune: Command, undisturbed: Callable[[str], Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(undisturbed("lora with dropout"), tmp_path / "out")
+    (tmp_path / "out" / "status.json").write_text(UNKNOWN[name](status(tmp_path / "out")))
+    assert forked(lambda: finetune(tmp_path / "out", **DROPOUT)) == 0
+    assert "nothing to go on with" not in capfd.readouterr().out
+    assert_equal(tmp_path / "out", undisturbed("lora with dropout"))
+
+
 def test_a_run_goes_on_in_another_folder_from_a_checkpoint_that_is_named(
     finetune: Command, undisturbed: Callable[[str], Path], tmp_path: Path
 ) -> None:
