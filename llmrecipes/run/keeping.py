@@ -137,6 +137,10 @@ class Keeper:
         self._lock.acquire(folder)
         if self._new:
             check_still_new(folder)
+        status = Status(folder)
+        if status.forget():  # before anything goes: killed on the way, the folder must not seem to be done
+            self._status = status
+            self.told("running")
         if self.origin is None or not self._is_of(folder):
             claim_output_dir(folder, "run.yaml", settings)
         else:
@@ -144,7 +148,7 @@ class Keeper:
             write_file(folder / "run.yaml", settings)
         assert self._checkpoints is not None
         self._checkpoints.find_best(self.place)
-        self._status = Status(folder)
+        self._status = status
         self.told("running")
 
     def _is_of(self, folder: Path) -> bool:

@@ -27,11 +27,13 @@ TEMPORARY = ".tmp-"
 
 LOCK_FILE = "run.lock"
 
+STATUS_FILE = "status.json"
+
 PENDING = ".result"
 """A finished result on its way to the folder's root."""
 
 OURS = (*MARKS, "prompt.json", "metrics.jsonl", "tensorboard", "wandb", "last", "step-[0-9]*", ".tmp-*", PENDING,
-        "set-aside-*", MANIFEST, LOCK_FILE, "status.json", "black-box", "base.json",
+        "set-aside-*", MANIFEST, LOCK_FILE, STATUS_FILE, "black-box", "base.json",
         "*.safetensors", "*.safetensors.index.json", "adapter_config.json", "config.json", "generation_config.json",
         "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")  # fmt: skip
 """Names that a run may leave in its output folder, and that --overwrite_output_dir may therefore remove."""
@@ -78,15 +80,16 @@ def check_output_file(path: str, flag: str) -> Path:
 def claim_output_dir(folder: Path, mark: str, settings: str) -> None:
     """Empties a checked folder of the run that it holds and writes the settings of the new one, as file `mark`.
 
-    Until then the old one's settings stay, by which the folder is known to be ours.
+    Until then the old one's settings stay, by which the folder is known to be ours, and what became of it. Checkpoints
+    go first, the newest before all others, so that none is left whose steps the metrics no longer have.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for item in _held(folder, OURS):
-            if item.name not in (LOCK_FILE, *MARKS):
-                _remove(item)
+        held = [item for item in _held(folder, OURS) if item.name not in (LOCK_FILE, STATUS_FILE, *MARKS)]
+        for item in sorted(held, key=lambda item: (item.match("step-*"), len(item.name), item.name), reverse=True):
+            (remove_folder if item.match("step-*") else _remove)(item)
         write_file(folder / mark, settings)
-        for item in _held(folder, MARKS):
+        for item in _held(folder, (*MARKS, STATUS_FILE)):
             if item.name != mark:
                 _remove(item)
     except OSError as error:

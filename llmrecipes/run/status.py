@@ -13,10 +13,9 @@ from typing import Any
 
 from llmrecipes.errors import ConfigError, LlmRecipesError, TrainingError
 from llmrecipes.reports.trackers import without_secrets
-from llmrecipes.run.output import LOCK_FILE, write_file
+from llmrecipes.run.manifest import flush
+from llmrecipes.run.output import LOCK_FILE, STATUS_FILE, write_file
 from llmrecipes.run.stopping import EXIT_STOPPED, StoppedEarlyError
-
-STATUS_FILE = "status.json"
 
 
 class RunLock:
@@ -89,6 +88,13 @@ class Status:
         told = {"state": state, "pid": os.getpid(), "host": socket.gethostname(), "time": now, **self._facts}
         with suppress(OSError):
             write_file(self._path, json.dumps(told, indent=1, allow_nan=False) + "\n")
+
+    def forget(self) -> bool:
+        """Removes what the run before told; returns whether it told anything."""
+        told = self._path.exists()
+        self._path.unlink(missing_ok=True)
+        flush(self._path.parent)
+        return told
 
     def failed(self, error: BaseException) -> None:
         """Writes that an error ended the run."""

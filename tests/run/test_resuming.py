@@ -195,6 +195,25 @@ def test_going_back_sets_newer_checkpoints_aside(
     assert curve(tmp_path / "out") == curve(undisturbed("lora with dropout"))
 
 
+@pytest.mark.parametrize("way", ["back", "anew"])
+def test_killed_while_it_replaces_a_run_it_leaves_none_that_seems_done(
+    way: str, finetune: Command, undisturbed: Callable[[str], Path], tmp_path: Path
+) -> None:
+    expected = undisturbed("lora with dropout")
+    for point in range(1, 13) if way == "back" else range(1, 41, 3):
+        folder = tmp_path / str(point)
+        shutil.copytree(expected, folder)
+        flags = {"resume": folder / "step-000006"} if way == "back" else {"resume": "never"}
+
+        def run(point: int = point, folder: Path = folder, flags: dict[str, Any] = flags) -> int:
+            at_write(point, folder, killed)
+            return finetune(folder, overwrite_output_dir=way == "anew", **{**DROPOUT, **flags})
+
+        assert forked(run) == -signal.SIGKILL
+        assert forked(lambda folder=folder: finetune(folder, **DROPOUT)) == 0
+        assert_equal(folder, expected)
+
+
 @pytest.mark.parametrize("eval_steps", [0, 2])
 def test_going_back_leaves_no_result_of_a_future_that_never_came(
     eval_steps: int, finetune: Command, tmp_path: Path, records: Records
