@@ -3,6 +3,7 @@
 Resumed at any step, a run comes to the very bits that it would have come to undisturbed.
 """
 
+import hashlib
 import itertools
 import json
 import os
@@ -17,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 from llmrecipes.config.schema import RunConfig
 from llmrecipes.config.show import flat_config, plain
 from llmrecipes.errors import ConfigError, ModelError, first_line
-from llmrecipes.models.folders import local_path
+from llmrecipes.models.folders import ADAPTER_WEIGHTS, local_path
+from llmrecipes.models.identity import weights_hash
 from llmrecipes.reports.trackers import METRICS_FILE, redacted
 from llmrecipes.run.blackbox import FOLDER as BLACK_BOX
 from llmrecipes.run.checkpoints import CHECKPOINT, TENSORS, TRAINER, WEIGHTS, checkpoints, step_of
@@ -137,7 +139,10 @@ def read_trainer(folder: Path) -> dict[str, Any]:
 def compared_settings(config: RunConfig) -> dict[str, str]:
     """Returns the settings that must not change in a run, as they are written in YAML, secrets hidden."""
     flat = redacted(flat_config(config))
-    return {key: _compared(value) for key, value in flat.items() if not _is_free(key)}
+    compared = {key: _compared(value) for key, value in flat.items() if not _is_free(key)}
+    if config.from_peft_checkpoint:
+        compared["from_peft_checkpoint"] += f" ({_adapter_hash(local_path(config.from_peft_checkpoint))})"
+    return compared
 
 
 def named_inputs(config: RunConfig) -> dict[str, str]:
@@ -290,6 +295,13 @@ def _is_free(key: str) -> bool:
 def _compared(value: object) -> str:
     """Returns a setting as it is compared: of a path its last name, since its content has a fingerprint."""
     return Path(value).name if isinstance(value, str) and "/" in value else plain(value)
+
+
+def _adapter_hash(folder: Path) -> str:
+    """Returns some characters of a hash of what an adapter is, its settings too: they are in no flag."""
+    hashed = hashlib.sha256((folder / "adapter_config.json").read_bytes())
+    hashed.update(weights_hash([folder / ADAPTER_WEIGHTS]).encode())
+    return hashed.hexdigest()[:8]
 
 
 def _tensors(path: Path) -> Tensors:

@@ -383,6 +383,26 @@ def test_an_edited_plugin_is_told(finetune: Command, sums_file: str, trackers: s
     assert forked(refused) == 0
 
 
+def test_an_adapter_of_other_settings_is_another_run_whatever_its_name(
+    finetune: Command, tuned: Path, trackers: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("one", "same", "other"):
+        shutil.copytree(tuned, tmp_path / name / "adapter")
+    path = tmp_path / "other" / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "lora_alpha": 1}))
+    flags = {**COMMON, "lora_config.lora_dropout": None}
+
+    def run(name: str, **more: Any) -> int:
+        given = {**flags, "from_peft_checkpoint": tmp_path / name / "adapter", **more}
+        return forked(lambda: guarded(lambda: finetune(tmp_path / "out", **given)))
+
+    assert run("one", report_to=f"{trackers}:at_4") == 143
+    assert run("other") == 2
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "this is another run: from_peft_checkpoint adapter (" in line
+    assert run("same") == 0
+
+
 # --- checkpoints that are not whole -----------------------------------------------------------------------------------
 
 
