@@ -3,6 +3,7 @@
 `finetune` opens a `Keeper` around all of its stations and tells it, at each, what is known by then.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from hashlib import sha256
@@ -215,6 +216,16 @@ def plugin_hashes(functions: Iterable[object]) -> dict[Path, str]:
     return {item.path: sha256(item.source or b"").hexdigest() for item in plugins}
 
 
+def by_name(hashes: Mapping[Path, str]) -> dict[str, str]:
+    """Returns the hashes of files by their names, wherever they are; of one name, a second is numbered."""
+    counted: Counter[str] = Counter()
+    named = {}
+    for path, digest in hashes.items():
+        counted[path.name] += 1
+        named[path.name if counted[path.name] == 1 else f"{path.name} ({counted[path.name]})"] = digest
+    return named
+
+
 def plugin_notices(functions: Iterable[object]) -> list[str]:
     """Returns which programs of others a run runs, for its plan; those that come with llmrecipes are left out."""
     own = shipped_folder("custom_datasets")
@@ -235,7 +246,7 @@ def describer(
             known["settings"] = compared_settings(config)
             known["samples"] = samples_fingerprint(loader.samples)
             known["base"] = base.fingerprint
-            known["plugins"] = {path.name: digest for path, digest in hashes.items()}
+            known["plugins"] = by_name(hashes)
             known["versions"] = {**versions(), "device": device_name(precision.device)}
         if epoch is not None and epoch not in orders:
             orders.clear()

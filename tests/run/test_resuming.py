@@ -403,6 +403,25 @@ def test_an_adapter_of_other_settings_is_another_run_whatever_its_name(
     assert run("same") == 0
 
 
+def test_plugins_of_one_name_are_told_apart(
+    finetune: Command, sums_file: str, trackers: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    data, rate = tmp_path / "data" / "mine.py", tmp_path / "rate" / "mine.py"
+    data.parent.mkdir()
+    rate.parent.mkdir()
+    data.write_text(Path(sums_file.rsplit(":", 1)[0]).read_text())
+    rate.write_text("def constant(progress):\n    return 1.0\n")
+    flags = {**DROPOUT, "custom_dataset.file": f"{data}:sums", "lr_scheduler": f"{rate}:constant"}
+    assert forked(lambda: finetune(tmp_path / "out", report_to=f"{trackers}:at_4", **flags)) == 143
+    for path, told in ((data, "the plug-in mine.py was edited"), (rate, "the plug-in mine.py (2) was edited")):
+        before = path.read_text()
+        path.write_text(before + "# a remark\n")
+        assert forked(lambda: guarded(lambda: finetune(tmp_path / "out", **flags))) == 2
+        assert told in capfd.readouterr().err
+        path.write_text(before)
+    assert forked(lambda: finetune(tmp_path / "out", **flags)) == 0
+
+
 # --- checkpoints that are not whole -----------------------------------------------------------------------------------
 
 
