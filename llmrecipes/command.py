@@ -21,6 +21,7 @@ from llmrecipes.config.schema import EvaluationConfig, InferenceConfig, MergingC
 from llmrecipes.config.show import config_text, help_text
 from llmrecipes.environment import prepare_environment
 from llmrecipes.errors import ConfigError, LlmRecipesError
+from llmrecipes.reports.trackers import without_secrets
 
 EXIT_INTERRUPTED = 130
 
@@ -67,7 +68,7 @@ def guarded(run: Callable[[], int]) -> int:
     try:
         return run()
     except LlmRecipesError as error:
-        for line in str(error).splitlines():
+        for line in without_secrets(str(error)).splitlines():
             print(f"error: {line}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:

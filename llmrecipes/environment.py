@@ -2,7 +2,13 @@
 
 import math
 import os
+import re
 from pathlib import Path
+
+SECRET = re.compile(r"(^|_)(TOKEN|KEY|APIKEY|SECRET|PASSWORD|PASSWD|AUTHORIZATION)(_|$)", re.IGNORECASE)
+
+SHORTEST_SECRET = 8
+"""Characters below which a value is too common a text to be looked for."""
 
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUPS = Path("/proc/self/cgroup")
@@ -29,6 +35,12 @@ def prepare_determinism() -> None:
     Read when the first matrix product is computed on a GPU (docs.nvidia.com/cuda/cublas, results reproducibility).
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def secrets() -> list[str]:
+    """Returns the values of the variables that are secrets by their name, the longest first; short ones are none."""
+    found = {value for name, value in os.environ.items() if SECRET.search(name) and len(value) >= SHORTEST_SECRET}
+    return sorted(found, key=len, reverse=True)
 
 
 def usable_cores() -> set[int]:

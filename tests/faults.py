@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -84,6 +85,14 @@ def begun(action: Callable[[], int]) -> int:
         finally:
             os._exit(code)
     return child
+
+
+def appears(path: Path, seconds: float = 60) -> None:
+    """Waits for a file that another process is to make."""
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < end, f"{path} did not appear"
+        time.sleep(0.01)
 
 
 def at_write(number: int, folder: Path, then: Callable[[str], None], lasting: bool = False) -> list[str]:

@@ -118,7 +118,8 @@ CASES: dict[int, tuple[str, str]] = {
         config/test_loading: test_choices_that_cannot_work_are_refused
         run/test_bad_input: test_what_cannot_be_done_here_is_told_before_the_model_loads"""),
     33: ("going on with other settings or data", """
-        run/test_resuming: test_changes_are_listed_and_refused test_another_cut_of_the_same_step_is_the_same_run"""),
+        run/test_resuming: test_changes_are_listed_and_refused
+        run/test_resuming: test_another_cut_of_the_same_step_goes_on_with_the_same_samples"""),
     # Faults: what was saved stays, and the run goes on as if nothing had been.
     34: ("the newest checkpoint spoiled", "run/test_resuming: test_a_broken_checkpoint_is_skipped_with_the_reason"),
     35: ("all checkpoints spoiled", "run/test_resuming: test_where_no_checkpoint_is_whole_nothing_is_touched"),

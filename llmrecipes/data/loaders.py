@@ -3,10 +3,12 @@
 import atexit
 import math
 import multiprocessing
+import random
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -146,9 +148,9 @@ class Loader:
             atexit.unregister(_end_workers)
             atexit.register(_end_workers)  # now, so that it runs before multiprocessing's own
         loader: DataLoader[Any] = DataLoader(
-            self.window_rows(epoch)[start:],  # type: ignore[arg-type]
+            list(enumerate(self.window_rows(epoch)))[start:],  # type: ignore[arg-type]
             batch_size=None,
-            collate_fn=self._window_or_error,
+            collate_fn=partial(self._window_or_error, epoch),
             num_workers=self.workers,
             worker_init_fn=_deaf_to_signals,
             # Of its own: torch would draw the workers' seed from the generator that dropout uses.
@@ -159,10 +161,12 @@ class Loader:
                 raise window
             yield window
 
-    def _window_or_error(self, batches: list[list[Row]]) -> Window | LlmRecipesError:
+    def _window_or_error(self, epoch: int, planned: tuple[int, list[list[Row]]]) -> Window | LlmRecipesError:
         """Returns an error instead of raising it, which in a worker would bury it in the worker's traceback."""
+        number, batches = planned
         try:
-            return self.window(batches)
+            with own_draws(self.seed or 0, epoch, number) if self.collator is not None else nullcontext():
+                return self.window(batches)
         except LlmRecipesError as error:
             return error
 
@@ -178,6 +182,25 @@ class Loader:
         if not self.fixed_shapes:
             return padded_batch(grouped, self.layout)
         return padded_batch(grouped, self.layout, (self.batch_rows, self.row_tokens), self._bounds)
+
+
+@contextmanager
+def own_draws(*key: int) -> Iterator[None]:
+    """Has what is drawn within (by a collator) depend on the key alone, and changes nothing that is drawn behind it.
+
+    So a window is the same whichever process builds it, and after whichever other windows: a run that goes on finds it.
+    """
+    states = random.getstate(), np.random.get_state()
+    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+    with torch.random.fork_rng(devices=[]):
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would set a GPU's as well
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
 
 
 def padded_batch(

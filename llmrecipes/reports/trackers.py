@@ -24,6 +24,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import IO, Any
 
+from llmrecipes.environment import secrets
 from llmrecipes.errors import ConfigError
 
 Record = Mapping[str, Any]
@@ -154,6 +155,13 @@ def redacted(config: Mapping[str, Any]) -> dict[str, Any]:
         key: _REDACTED if value is not None and _SECRET_NAME.search(key) else _without_secrets(value)
         for key, value in config.items()
     }
+
+
+def without_secrets(text: str) -> str:
+    """Returns a text, which somebody's code may have put together, with known tokens and the environment's hidden."""
+    for secret in secrets():
+        text = text.replace(secret, _REDACTED)
+    return _SECRET_VALUE.sub(_REDACTED, text)
 
 
 def _without_secrets(value: Any) -> Any:

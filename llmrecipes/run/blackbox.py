@@ -17,6 +17,7 @@ import torch
 from llmrecipes.batch import Batch, Window
 from llmrecipes.errors import ConfigError
 from llmrecipes.reports.format import printable
+from llmrecipes.reports.trackers import without_secrets
 from llmrecipes.run.output import write_folder
 from llmrecipes.training.state import trained_parameters
 from llmrecipes.training.updater import Updater
@@ -70,7 +71,7 @@ class BlackBox:
                 for record in self._records
             ]
             (target / "metrics.jsonl").write_text("".join(f"{line}\n" for line in records), encoding="utf-8")
-            (target / "error.txt").write_text(f"{error}\n", encoding="utf-8")
+            (target / "error.txt").write_text(f"{without_secrets(str(error))}\n", encoding="utf-8")
 
         try:
             write_folder(folder / FOLDER, fill, {"kind": "black box"})

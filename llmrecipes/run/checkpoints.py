@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 
 from llmrecipes.errors import ConfigError
 from llmrecipes.reports.format import gib
-from llmrecipes.run.output import ResultWriter, remove_folder, write_folder
+from llmrecipes.run.manifest import MANIFEST, ManifestError, check_folder
+from llmrecipes.run.output import ResultWriter, about_best, is_whole, remove_folder, write_folder, write_into
 from llmrecipes.training.state import Place, Tensors, mutable_state, trained_parameters
 from llmrecipes.training.updater import Updater
 
@@ -81,6 +82,27 @@ class Checkpoints:
         """Name of the checkpoint saved last."""
         return self.folder(self.saved.step).name if self.saved else None
 
+    def find_best(self, place: Place) -> None:
+        """Has the folder's result be the best that a run at `place` had; where it is lost, the run begins at none.
+
+        The result may be of a later step, of which this run knows nothing yet: its own is then in the checkpoint.
+        """
+        if not self.writer.enabled:
+            return
+        folder, checkpoint = self.writer.folder, self.folder(place.best_step)
+        found = place.best_step > 0 and _is_best(folder, place)
+        if place.best_step > 0 and not found and is_whole(checkpoint):
+            beside = shutil.ignore_patterns(TRAINER, TENSORS, MANIFEST)
+            write_into(
+                folder,
+                lambda target: shutil.copytree(checkpoint, target, ignore=beside, dirs_exist_ok=True),
+                about_best(place),
+            )
+            found = True
+        self.writer.holds_best = found
+        if not found:
+            place.best_loss, place.best_step = Place.best_loss, 0
+
     def check_space(self, at_start: bool = False) -> None:
         """Raises `ConfigError` where a checkpoint would not fit; nothing is removed to make room."""
         need = int(SPARE * checkpoint_bytes(self.writer.model, self.updater))
@@ -129,6 +151,13 @@ def checkpoints(folder: Path) -> list[Path]:
 def step_of(checkpoint: Path) -> int:
     """Returns the step that a checkpoint was saved behind, by its name."""
     return int(checkpoint.name.removeprefix("step-"))
+
+
+def _is_best(folder: Path, place: Place) -> bool:
+    try:
+        return about_best(place).items() <= check_folder(folder).items()
+    except ManifestError:
+        return False
 
 
 def checkpoint_bytes(model: Any, updater: Updater) -> int:

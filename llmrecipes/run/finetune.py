@@ -108,14 +108,16 @@ def stations(loaded: Loaded[RunConfig], config_path: str | None, keeper: Keeper)
     base, told = checked_base(config, source)
     inputs = (config.model_name, config.tokenizer_name, config.from_peft_checkpoint)
     folder = check_output_dir(config.output_dir, config.overwrite_output_dir, inputs, goes_on_within(config))
-    if done := keeper.open(folder):
-        print(done)
-        return 0
+    keeper.open(folder)
     tokenizer = load_tokenizer(config, source)
     set_seeds(config.seed)
     set_deterministic(config.deterministic)
     lanes = run_lanes(config, source, precision)
     loaders = build_loaders(config, tokenizer, plugins, source, document_layout(precision), lanes)
+    functions = (plugins.preprocessor, plugins.optimizer, plugins.schedule, *plugins.trackers.values())
+    describe = describer(config, loaders.training, functions, base, precision)
+    if keeper.finished(describe):
+        return 0
     contract = prompt_contract(tokenizer, loaders.training.samples)
     model = load_model(config, source, precision, dtype=None if config.use_peft else precision.trained)
     kernels = [apply_attention(model, config)]
@@ -130,8 +132,6 @@ def stations(loaded: Loaded[RunConfig], config_path: str | None, keeper: Keeper)
     kernels += [f"warmed up in {duration(time.perf_counter() - warming)}" if fitted.peak_bytes else ""]
     plan = replace(train_plan(config, loaders), operations=operation_counter(model, config, precision))
     profiled(config, loaders.training, plan.steps)
-    functions = (plugins.preprocessor, plugins.optimizer, plugins.schedule, *plugins.trackers.values())
-    describe = describer(config, loaders.training, functions, base, precision)
     notices = [*told, *keeper.notices(describe), *plugin_notices(functions), *loaded.notices, *loaders.notices]
     shown = shown_plan(config, loaders, model, precision, plan, kernels, notices)
     seconds = fitted.batch_seconds and plan.steps * loaders.training.window_batches * fitted.batch_seconds
@@ -315,7 +315,7 @@ def run_training(
         except TrainingError as error:
             with suppress(ConfigError):  # steps that were skipped never reached these weights
                 keeper.checkpoint(place)
-                writer("last")
+                writer("last", place)
             saw = box.write(writer.folder, writer.model, writer.tokenizer, updater, error)
             raise TrainingError(f"{error}{saw}") from None
         report({"kind": "end", "step": result.steps, "stopped": result.stopped, "best_loss": result.best_loss})

@@ -3,6 +3,7 @@
 `finetune` opens a `Keeper` around all of its stations and tells it, at each, what is known by then.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from hashlib import sha256
@@ -17,19 +18,29 @@ from llmrecipes.config.schema import RunConfig
 from llmrecipes.config.show import run_yaml
 from llmrecipes.data.fingerprint import order_fingerprint, samples_fingerprint
 from llmrecipes.data.loaders import Loader
+from llmrecipes.models.folders import local_path
 from llmrecipes.models.identity import Base
 from llmrecipes.plugins import Plugin, shipped_folder
 from llmrecipes.precision import Precision, device_name
 from llmrecipes.reports.trackers import METRICS_FILE
+from llmrecipes.run.blackbox import FOLDER as BLACK_BOX
 from llmrecipes.run.checkpoints import Checkpoints, versions
-from llmrecipes.run.manifest import flush
-from llmrecipes.run.output import ResultWriter, claim_output_dir, disk_told, is_whole, remove_folder, write_file
+from llmrecipes.run.manifest import ManifestError, check_folder, flush
+from llmrecipes.run.output import (
+    ResultWriter,
+    check_still_new,
+    claim_output_dir,
+    disk_told,
+    remove_folder,
+    write_file,
+)
 from llmrecipes.run.resuming import (
     Origin,
+    changed,
     check_same_run,
     compared_settings,
     find_origin,
-    finished_text,
+    finished_run,
     named_inputs,
     restore,
     rewind_metrics,
@@ -43,7 +54,8 @@ from llmrecipes.training.updater import Updater
 ASKED_ONCE = ("resume", "resume_allow_changes", "overwrite_output_dir")
 """Keys that say how to begin, and so are no part of the run that run.yaml is to reproduce."""
 
-Describe = Callable[[int], Mapping[str, Any]]
+Describe = Callable[[int | None], Mapping[str, Any]]
+"""epoch -> what a run that goes on must find again; without an epoch, the order of samples in it is left open"""
 
 
 class Keeper:
@@ -55,10 +67,17 @@ class Keeper:
         self.place = Place()
         """where the run is; kept up to date by the training loop"""
         self.origin: Origin | None = None
+        self._finished: Mapping[str, Any] | None = None
+        """status.json of the run in the folder, where that is done and its settings are this one's"""
+        self._spoiled = ""
+        """why the result of such a run is none"""
         self._lock = RunLock()
+        self._new = False
+        """whether the folder was not there when this run began"""
         self._checkpoints: Checkpoints | None = None
         self._random: Mapping[str, Any] | None = None
         self._status: Status | None = None
+        self._describe: Describe | None = None
 
     def __enter__(self) -> "Keeper":
         self.stop.__enter__()
@@ -70,22 +89,42 @@ class Keeper:
             self._status.failed(error)
         self._lock.release()
 
-    def open(self, folder: Path) -> str | None:
-        """Takes a folder that is there and finds what to go on from; returns why there is nothing to do, or None."""
+    def open(self, folder: Path) -> None:
+        """Takes a folder that is there and finds what to go on from, unless the run in it seems to be done."""
         with disk_told(folder):
-            if folder.is_dir():
+            self._new = not folder.is_dir()
+            if not self._new:
                 self._lock.acquire(folder)
-        done = finished_text(self.config, folder)
-        self.origin = None if done else find_origin(self.config, folder)
-        return done
+        self._finished = finished_run(self.config, folder)
+        try:
+            if self._finished and self.config.save_model:
+                check_folder(folder)
+        except ManifestError as error:
+            self._finished, self._spoiled = None, str(error)
+        self.origin = None if self._finished else find_origin(self.config, folder)
+
+    def finished(self, describe: Describe) -> bool:
+        """Returns whether the run is done, with today's data and programs, and says so; else finds its checkpoint."""
+        if self._finished is None:
+            return False
+        folder = local_path(self.config.output_dir)
+        if changed(self._finished, describe(None)):
+            self.origin = find_origin(self.config, folder)
+            return False
+        print(f"the run in {folder} is done ({self._finished.get('step')} steps); nothing to go on with")
+        return True
 
     def notices(self, describe: Describe) -> list[str]:
         """Returns what the plan says of going on; raises `ConfigError` where this is another run."""
         if self.origin is None:
             return []
         told = check_same_run(self.config, self.origin, describe(self.origin.place.epoch))
-        place = self.origin.place
-        return [f"goes on from {self.origin.folder}, behind step {place.step}", *self.origin.told, *told]
+        goes_on = f"goes on from {self.origin.folder}, behind step {self.origin.place.step}"
+        folder = local_path(self.config.output_dir)
+        box = self._is_of(folder) and (folder / BLACK_BOX).is_dir()
+        aside = [f"the {BLACK_BOX} of the run before is set aside"] if box else []
+        anew = [f"the result of the run before is written anew: {self._spoiled}"] if self._spoiled else []
+        return [goes_on, *self.origin.told, *told, *aside, *anew]
 
     def claim(self, folder: Path, loaded: Loaded[RunConfig], values: Mapping[str, object]) -> None:
         """Makes the folder this run's own: emptied of an older run, or rewound to the checkpoint."""
@@ -95,16 +134,27 @@ class Keeper:
     def _claim(self, folder: Path, loaded: Loaded[RunConfig], values: Mapping[str, object]) -> None:
         origins = {key: "default" if key in ASKED_ONCE else origin for key, origin in loaded.origins.items()}
         settings = run_yaml(replace(loaded, origins=origins), values)
-        if not folder.is_dir():
-            claim_output_dir(folder, "run.yaml", settings)
+        folder.mkdir(parents=True, exist_ok=True)
         self._lock.acquire(folder)
-        if self.origin is None or self.origin.folder.parent.resolve() != folder.resolve():
+        if self._new:
+            check_still_new(folder)
+        status = Status(folder)
+        if status.forget():  # before anything goes: killed on the way, the folder must not seem to be done
+            self._status = status
+            self.told("running")
+        if self.origin is None or not self._is_of(folder):
             claim_output_dir(folder, "run.yaml", settings)
         else:
             rewind_metrics(folder, self.origin)
             write_file(folder / "run.yaml", settings)
-        self._status = Status(folder)
+        assert self._checkpoints is not None
+        self._checkpoints.find_best(self.place)
+        self._status = status
         self.told("running")
+
+    def _is_of(self, folder: Path) -> bool:
+        """Returns whether the checkpoint is one of this folder."""
+        return self.origin is not None and self.origin.folder.parent.resolve() == folder.resolve()
 
     def restore(self, writer: ResultWriter, updater: Updater) -> None:
         """Puts back what the checkpoint holds, where there is one to go on from."""
@@ -113,10 +163,6 @@ class Keeper:
         restore(writer.model, updater, self.origin)
         self._random = generators(updater.precision.device)
         self.place = self.origin.place
-        here = self.origin.folder.parent.resolve() == writer.folder.resolve()
-        writer.holds_best = self.place.best_step > 0 and here and is_whole(writer.folder)
-        if not writer.holds_best:  # the best weights are not here, so what comes now begins at none
-            self.place.best_loss, self.place.best_step = Place.best_loss, 0
 
     def restore_random(self, device: torch.device) -> None:
         """Puts the random generators back, after all that might have drawn from them on the way to the first step."""
@@ -132,6 +178,7 @@ class Keeper:
                 flush(metrics)
             return {**describe(epoch), "metrics_bytes": metrics.stat().st_size if metrics.is_file() else 0}
 
+        self._describe = describe
         origin = self.origin.folder if self.origin else None
         self._checkpoints = Checkpoints(writer, updater, described, self.config.keep_last, origin)
         if writer.enabled:
@@ -159,14 +206,24 @@ class Keeper:
     def told(self, state: str, **facts: Any) -> None:
         """Writes status.json."""
         if self._status is not None:
-            inputs = named_inputs(self.config)
-            self._status.update(state, settings=compared_settings(self.config), inputs=inputs, **facts)
+            assert self._describe is not None
+            self._status.update(state, inputs=named_inputs(self.config), **self._describe(None), **facts)
 
 
 def plugin_hashes(functions: Iterable[object]) -> dict[Path, str]:
     """Returns the SHA-256 of each plug-in's file, as it was when it was run."""
     plugins = [item for item in functions if isinstance(item, Plugin)]
     return {item.path: sha256(item.source or b"").hexdigest() for item in plugins}
+
+
+def by_name(hashes: Mapping[Path, str]) -> dict[str, str]:
+    """Returns the hashes of files by their names, wherever they are; of one name, a second is numbered."""
+    counted: Counter[str] = Counter()
+    named = {}
+    for path, digest in hashes.items():
+        counted[path.name] += 1
+        named[path.name if counted[path.name] == 1 else f"{path.name} ({counted[path.name]})"] = digest
+    return named
 
 
 def plugin_notices(functions: Iterable[object]) -> list[str]:
@@ -179,21 +236,21 @@ def plugin_notices(functions: Iterable[object]) -> list[str]:
 def describer(
     config: RunConfig, loader: Loader, functions: Iterable[object], base: Base, precision: Precision
 ) -> Describe:
-    """Returns a function: epoch -> what a run that goes on must find again. Each part is found out once."""
+    """Returns a function that tells what a run that goes on must find again. Each part is found out once."""
     hashes = plugin_hashes(functions)
     known: dict[str, Any] = {}
-    orders: dict[int, str] = {}
+    orders: dict[int | None, str] = {}
 
-    def describe(epoch: int) -> dict[str, Any]:
+    def describe(epoch: int | None) -> dict[str, Any]:
         if not known:
             known["settings"] = compared_settings(config)
             known["samples"] = samples_fingerprint(loader.samples)
             known["base"] = base.fingerprint
-            known["plugins"] = {path.name: digest for path, digest in hashes.items()}
+            known["plugins"] = by_name(hashes)
             known["versions"] = {**versions(), "device": device_name(precision.device)}
-        if epoch not in orders:
+        if epoch is not None and epoch not in orders:
             orders.clear()
             orders[epoch] = order_fingerprint(loader, epoch)
-        return {**known, "order": orders[epoch]}
+        return {**known, "order": orders.get(epoch)}
 
     return describe

@@ -1,5 +1,6 @@
 """The folder a run writes: the result at its root, `last/` and `step-N/` beside it, each whole or not at all."""
 
+import math
 import os
 import shlex
 import shutil
@@ -16,6 +17,7 @@ from llmrecipes.models.folders import local_path
 from llmrecipes.models.identity import Base
 from llmrecipes.prompt_contract import PromptContract
 from llmrecipes.run.manifest import MANIFEST, ManifestError, check_folder, flush, seal
+from llmrecipes.training.state import Place
 
 MARKS = ("run.yaml", "merging.yaml")
 """Settings that every run, and every merging, writes first: what holds one of them is ours to replace."""
@@ -25,11 +27,13 @@ TEMPORARY = ".tmp-"
 
 LOCK_FILE = "run.lock"
 
+STATUS_FILE = "status.json"
+
 PENDING = ".result"
 """A finished result on its way to the folder's root."""
 
 OURS = (*MARKS, "prompt.json", "metrics.jsonl", "tensorboard", "wandb", "last", "step-[0-9]*", ".tmp-*", PENDING,
-        "set-aside-*", MANIFEST, LOCK_FILE, "status.json", "black-box", "base.json",
+        "set-aside-*", MANIFEST, LOCK_FILE, STATUS_FILE, "black-box", "base.json",
         "*.safetensors", "*.safetensors.index.json", "adapter_config.json", "config.json", "generation_config.json",
         "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")  # fmt: skip
 """Names that a run may leave in its output folder, and that --overwrite_output_dir may therefore remove."""
@@ -76,19 +80,29 @@ def check_output_file(path: str, flag: str) -> Path:
 def claim_output_dir(folder: Path, mark: str, settings: str) -> None:
     """Empties a checked folder of the run that it holds and writes the settings of the new one, as file `mark`.
 
-    Until then the old one's settings stay, by which the folder is known to be ours.
+    Until then the old one's settings stay, by which the folder is known to be ours, and what became of it. Checkpoints
+    go first, the newest before all others, so that none is left whose steps the metrics no longer have.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for item in _held(folder, OURS):
-            if item.name not in (LOCK_FILE, *MARKS):
-                _remove(item)
+        held = [item for item in _held(folder, OURS) if item.name not in (LOCK_FILE, STATUS_FILE, *MARKS)]
+        for item in sorted(held, key=lambda item: (item.match("step-*"), len(item.name), item.name), reverse=True):
+            (remove_folder if item.match("step-*") else _remove)(item)
         write_file(folder / mark, settings)
-        for item in _held(folder, MARKS):
+        for item in _held(folder, (*MARKS, STATUS_FILE)):
             if item.name != mark:
                 _remove(item)
     except OSError as error:
         raise ConfigError(f"--output_dir {folder}: cannot be written to ({error.strerror})") from None
+
+
+def check_still_new(folder: Path) -> None:
+    """Raises `ConfigError` where another run made a folder its own after this one had found it missing."""
+    if _held(folder, MARKS):
+        raise ConfigError(
+            f"--output_dir {folder}: another run began in it after this one; name another folder, or go on with it "
+            "(--resume auto)"
+        )
 
 
 def _check_contents(folder: Path, path: str, overwrite: bool) -> None:
@@ -117,7 +131,7 @@ def _held(folder: Path, patterns: Sequence[str]) -> set[Path]:
     return {item for pattern in patterns for item in folder.glob(pattern)}
 
 
-def write_folder(folder: Path, write: Callable[[Path], None], about: Mapping[str, Any] | None = None) -> None:
+def write_folder(folder: Path, write: Callable[[Path], object], about: Mapping[str, Any] | None = None) -> None:
     """Lets `write` fill a new folder and puts it, sealed by a manifest, in the place of `folder`.
 
     Whatever happens, the old folder or the new one is whole; `tidy` ends what was broken off between the two.
@@ -134,7 +148,7 @@ def write_folder(folder: Path, write: Callable[[Path], None], about: Mapping[str
         _remove_if_there(aside)
 
 
-def write_into(folder: Path, write: Callable[[Path], None], about: Mapping[str, Any] | None = None) -> None:
+def write_into(folder: Path, write: Callable[[Path], object], about: Mapping[str, Any] | None = None) -> None:
     """Lets `write` fill a new folder and moves its files into `folder`, the manifest last; others stay.
 
     From the moment when the new folder is called `PENDING` its files count, and `tidy` moves what is left of them.
@@ -196,7 +210,7 @@ def _move_pending(folder: Path) -> None:
     pending.rmdir()
 
 
-def _written(temporary: Path, write: Callable[[Path], None], about: Mapping[str, Any] | None) -> None:
+def _written(temporary: Path, write: Callable[[Path], object], about: Mapping[str, Any] | None) -> None:
     with disk_told(temporary.parent):
         _remove_if_there(temporary)
         temporary.mkdir(parents=True)
@@ -252,14 +266,15 @@ class ResultWriter:
     enabled: bool = True
     holds_best: bool = False
 
-    def __call__(self, name: str) -> None:
+    def __call__(self, name: str, place: Place) -> None:
         """Writes the result under a name of the training loop's, `best` or `last`."""
         if not self.enabled:
             return
+        about = about_best(place) if name == "best" else {"kind": "result", "step": place.step}
         if name == "best" or not self.holds_best:
-            write_into(self.folder, self.write, {"kind": "result"})
+            write_into(self.folder, self.write, about)
         else:
-            write_folder(self.folder / name, self.write, {"kind": "result"})
+            write_folder(self.folder / name, self.write, about)
         self.holds_best = self.holds_best or name == "best"
 
     def write(self, folder: Path) -> None:
@@ -269,6 +284,12 @@ class ResultWriter:
             self.base.save(folder)
         self.tokenizer.save_pretrained(str(folder))
         self.contract.save(folder)
+
+
+def about_best(place: Place) -> dict[str, Any]:
+    """Returns what the manifest of the best result of a run at `place` tells, so that a run knows it again."""
+    loss = place.best_loss if math.isfinite(place.best_loss) else None
+    return {"kind": "result", "step": place.best_step, "eval_loss": loss}
 
 
 def save_weights(model: Any, folder: Path) -> None:

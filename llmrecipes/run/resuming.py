@@ -3,6 +3,7 @@
 Resumed at any step, a run comes to the very bits that it would have come to undisturbed.
 """
 
+import hashlib
 import itertools
 import json
 import os
@@ -17,13 +18,15 @@ from safetensors import SafetensorError, safe_open
 from llmrecipes.config.schema import RunConfig
 from llmrecipes.config.show import flat_config, plain
 from llmrecipes.errors import ConfigError, ModelError, first_line
-from llmrecipes.models.folders import local_path
+from llmrecipes.models.folders import ADAPTER_WEIGHTS, local_path
+from llmrecipes.models.identity import weights_hash
 from llmrecipes.reports.trackers import METRICS_FILE, redacted
-from llmrecipes.run.checkpoints import TENSORS, TRAINER, WEIGHTS, checkpoints, step_of
+from llmrecipes.run.blackbox import FOLDER as BLACK_BOX
+from llmrecipes.run.checkpoints import CHECKPOINT, TENSORS, TRAINER, WEIGHTS, checkpoints, step_of
 from llmrecipes.run.manifest import ManifestError, check_folder, flush
 from llmrecipes.run.output import tidy
 from llmrecipes.run.status import read_status
-from llmrecipes.training.state import Place, Tensors, restore_state, trained_parameters
+from llmrecipes.training.state import Place, Tensors, restore_state, trained_parameters, unpacked
 from llmrecipes.training.updater import Updater
 
 FREE = (
@@ -36,8 +39,19 @@ FREE = (
 """Keys that may change: neither the samples of a step nor its update depend on them. How a step's samples are cut
 into batches is free as long as the step stays the same, which the order's fingerprint tells."""
 
+PARTS = {
+    "place": dict, "state": dict, "settings": dict, "plugins": dict, "versions": dict,
+    "samples": str, "base": str, "order": str, "metrics_bytes": int,
+}  # fmt: skip
+"""What a trainer.json holds."""
+
+UNFIT = (
+    OSError, SafetensorError, LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError
+)  # fmt: skip
+"""What reading a checkpoint raises that is not as a run writes it."""
+
 BESIDE = "set-aside-"
-"""How the name begins of a checkpoint that is newer than the one the user went back to."""
+"""How the name begins of what a run that goes on finds and does not know: newer checkpoints, a black box."""
 
 
 @dataclass(frozen=True)
@@ -86,33 +100,49 @@ def find_origin(config: RunConfig, folder: Path) -> Origin | None:
             f"--resume auto: {folder} holds a result and no checkpoint to go on from (--save_steps writes them); "
             "name another folder, or begin anew with --overwrite_output_dir --resume never"
         )
-    return Origin(found, read_trainer(found), tuple(f"skipped {reason}" for reason in reasons)) if found else None
+    return found
 
 
-def finished_text(config: RunConfig, folder: Path) -> str | None:
-    """Returns that the run in a folder is done, where it is and the settings are still its own; else None."""
+def finished_run(config: RunConfig, folder: Path) -> dict[str, Any] | None:
+    """Returns the status of the run in a folder, where that is done and had the same settings, else None."""
     asked = config.resume == "auto" and not config.overwrite_output_dir
     status = read_status(folder) if asked else {}
-    same = (compared_settings(config), named_inputs(config))
-    if status.get("state") != "done" or (status.get("settings"), status.get("inputs")) != same:
+    if status.get("state") != "done" or not isinstance(status.get("step"), int):
         return None
-    return f"the run in {folder} is done ({status.get('step')} steps); nothing to go on with"
+    same = (compared_settings(config), named_inputs(config))
+    known = (status.get("settings"), status.get("inputs")) == same and isinstance(status.get("plugins"), dict)
+    return status if known else None
 
 
 def read_trainer(folder: Path) -> dict[str, Any]:
-    """Returns a whole checkpoint's trainer.json."""
+    """Returns a checkpoint's trainer.json; raises `ManifestError` where a run could not go on by it."""
     try:
-        trainer = json.loads((folder / TRAINER).read_text(encoding="utf-8"))
-        Place.of(trainer["place"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelError(f"--resume {folder}: its {TRAINER} cannot be read ({first_line(error)})") from None
-    return dict(trainer)
+        trainer = dict(json.loads((folder / TRAINER).read_text(encoding="utf-8")))
+        for name, kind in PARTS.items():
+            if type(trainer[name]) is not kind:
+                raise TypeError(f"{name} is no {kind.__name__}")
+        place, state = Place.of(trainer["place"]), trainer["state"]
+        if CHECKPOINT.fullmatch(folder.name) and step_of(folder) != place.step:
+            raise ValueError(f"it is of step {place.step}")
+        for name in ("skipped_in_a_row", "halvings"):
+            if type(state["updater"][name]) is not int:
+                raise TypeError(f"{name} is no int")
+        with safe_open(folder / TENSORS, framework="pt") as file:
+            tensors = dict.fromkeys(file.keys(), torch.empty(0))
+        for name in ("optimizer", "groups", "random"):
+            unpacked(state[name], tensors, torch.device("cpu"))
+    except UNFIT as error:
+        raise ManifestError(f"its {TRAINER} cannot be gone on by ({first_line(error)})") from None
+    return trainer
 
 
 def compared_settings(config: RunConfig) -> dict[str, str]:
     """Returns the settings that must not change in a run, as they are written in YAML, secrets hidden."""
     flat = redacted(flat_config(config))
-    return {key: _compared(value) for key, value in flat.items() if not _is_free(key)}
+    compared = {key: _compared(value) for key, value in flat.items() if not _is_free(key)}
+    if config.from_peft_checkpoint:
+        compared["from_peft_checkpoint"] += f" ({_adapter_hash(local_path(config.from_peft_checkpoint))})"
+    return compared
 
 
 def named_inputs(config: RunConfig) -> dict[str, str]:
@@ -123,18 +153,25 @@ def named_inputs(config: RunConfig) -> dict[str, str]:
 
 
 def check_same_run(config: RunConfig, origin: Origin, description: Mapping[str, Any]) -> list[str]:
-    """Raises `ConfigError` with every difference between a run and its checkpoint, unless they are allowed.
+    """Raises `ConfigError` with every difference between a run and its checkpoint, unless they can be and are allowed.
 
     Returns notices: the differences that are.
     """
     changes = changed(origin.trainer, description)
+    if origin.trainer["order"] != description["order"]:
+        way = "--from_peft_checkpoint" if config.use_peft else "--model_name"
+        raise ConfigError(
+            f"--resume {origin.folder}: this is another run: {'; '.join(changes)}; its place in the data is counted in "
+            "the steps that it had, so that --resume_allow_changes does not help: set them back, or begin a new run "
+            f"with its weights ({way} {origin.folder})"
+        )
     if changes and not config.resume_allow_changes:
         raise ConfigError(
             f"--resume {origin.folder}: this is another run: {'; '.join(changes)}; set them back, or go on with them "
             "with --resume_allow_changes"
         )
     told = [f"changed since the checkpoint: {'; '.join(changes)}"] if changes else []
-    was, now = origin.trainer.get("versions", {}), description["versions"]
+    was, now = origin.trainer["versions"], description["versions"]
     others = [f"{name} {was.get(name)} -> {now.get(name)}" for name in now if was.get(name) != now.get(name)]
     return told + ([f"other versions than at the checkpoint: {', '.join(others)}"] if others else [])
 
@@ -150,7 +187,8 @@ def changed(trainer: Mapping[str, Any], description: Mapping[str, Any]) -> list[
     texts = {
         "samples": "other training data (the file, the preprocessor or the tokenizer changed)",
         "base": "other weights of the base model",
-        "order": "other samples in a step (--batch_size_training times --gradient_accumulation_steps changed)",
+        "order": "other samples in a step (--batch_size_training times --gradient_accumulation_steps changed, or with "
+        "--group_by_length one of them)",
     }
     differ = [name for name in texts if trainer.get(name) != description[name]]
     if "samples" in differ or any(text.startswith(("seed ", "batching_", "context_")) for text in found):
@@ -176,7 +214,7 @@ def restore(model: Any, updater: Updater, origin: Origin) -> None:
                     raise ValueError(f"{name} has the shape {list(weights[name].shape)}, not {list(parameter.shape)}")
                 parameter.copy_(weights[name])
         restore_state(model, updater, tensors, origin.trainer["state"])
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except UNFIT as error:
         raise ModelError(
             f"--resume {origin.folder}: what it holds does not fit this run ({first_line(error)})"
         ) from None
@@ -185,13 +223,14 @@ def restore(model: Any, updater: Updater, origin: Origin) -> None:
 def rewind_metrics(folder: Path, origin: Origin) -> None:
     """Cuts metrics.jsonl back to the checkpoint, so that no step stands in it twice; newer checkpoints step aside.
 
-    They go first: a kill in between must not leave one whose steps the metrics no longer have.
+    They go first: a kill in between must not leave one whose steps the metrics no longer have. A black box goes, too,
+    lest it be taken for this run's.
     """
-    for item in checkpoints(folder):
-        if step_of(item) > origin.place.step:
-            item.rename(_free(folder / f"{BESIDE}{item.name}"))
+    newer = [item for item in checkpoints(folder) if step_of(item) > origin.place.step]
+    for item in (*newer, *folder.glob(BLACK_BOX)):
+        item.rename(_free(folder / f"{BESIDE}{item.name}"))
     flush(folder)
-    path, size = folder / METRICS_FILE, int(origin.trainer.get("metrics_bytes", 0))
+    path, size = folder / METRICS_FILE, origin.trainer["metrics_bytes"]
     if path.is_file() and path.stat().st_size > size:
         os.truncate(path, size)
 
@@ -207,31 +246,41 @@ def _named(path: str, folder: Path) -> Origin:
     named = local_path(path)
     if not named.is_dir():
         raise ConfigError(f"--resume {path}: no such folder; expected auto, never, or a checkpoint such as step-000100")
-    if named.resolve() == folder.resolve() or (named.parent.resolve() == folder.resolve()):
+    within = named.parent.resolve() == folder.resolve()
+    if within and not CHECKPOINT.fullmatch(named.name):
+        raise ConfigError(
+            f"--resume {path}: what is in its folder now (metrics, result, checkpoints) is not what it had come to; go "
+            "on with it in a new --output_dir, or with a step-N of this folder"
+        )
+    if within or named.resolve() == folder.resolve():
         tidy(folder)
     if not (named / TRAINER).is_file() and checkpoints(named):
         found, reasons = _newest(named)
         if found is None:
             raise ConfigError(f"--resume {path}: none of its checkpoints is whole ({'; '.join(reasons)})")
-        return Origin(found, read_trainer(found), tuple(f"skipped {reason}" for reason in reasons))
+        return found
     try:
-        check_folder(named)
+        return Origin(named, _whole(named), ())
     except ManifestError as error:
         raise ConfigError(f"--resume {path}: {error}; --resume auto takes the newest whole one") from None
-    return Origin(named, read_trainer(named), ())
 
 
-def _newest(folder: Path) -> tuple[Path | None, list[str]]:
+def _newest(folder: Path) -> tuple[Origin | None, list[str]]:
     """Returns the newest checkpoint that is whole, and why each newer one is not."""
     reasons: list[str] = []
     for item in checkpoints(folder):
         try:
-            if check_folder(item).get("kind") == "checkpoint":
-                return item, reasons
-            reasons.append(f"{item.name}: no checkpoint")
+            return Origin(item, _whole(item), tuple(f"skipped {reason}" for reason in reasons)), reasons
         except ManifestError as error:
             reasons.append(f"{item.name}: {error}")
     return None, reasons
+
+
+def _whole(folder: Path) -> dict[str, Any]:
+    """Returns the trainer.json of a checkpoint that is as it was written; raises `ManifestError`."""
+    if check_folder(folder).get("kind") != "checkpoint":
+        raise ManifestError("no checkpoint")
+    return read_trainer(folder)
 
 
 def _holds_result(folder: Path) -> bool:
@@ -246,6 +295,13 @@ def _is_free(key: str) -> bool:
 def _compared(value: object) -> str:
     """Returns a setting as it is compared: of a path its last name, since its content has a fingerprint."""
     return Path(value).name if isinstance(value, str) and "/" in value else plain(value)
+
+
+def _adapter_hash(folder: Path) -> str:
+    """Returns some characters of a hash of what an adapter is, its settings too: they are in no flag."""
+    hashed = hashlib.sha256((folder / "adapter_config.json").read_bytes())
+    hashed.update(weights_hash([folder / ADAPTER_WEIGHTS]).encode())
+    return hashed.hexdigest()[:8]
 
 
 def _tensors(path: Path) -> Tensors:

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from llmrecipes.errors import ConfigError, LlmRecipesError, TrainingError
-from llmrecipes.run.output import LOCK_FILE, write_file
+from llmrecipes.reports.trackers import without_secrets
+from llmrecipes.run.manifest import flush
+from llmrecipes.run.output import LOCK_FILE, STATUS_FILE, write_file
 from llmrecipes.run.stopping import EXIT_STOPPED, StoppedEarlyError
-
-STATUS_FILE = "status.json"
 
 
 class RunLock:
@@ -36,19 +36,23 @@ class RunLock:
             import fcntl
         except ImportError:  # Windows
             return
-        file = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            holder = os.read(file, 100).decode(errors="replace").strip()
-            os.close(file)
-            raise ConfigError(
-                f"--output_dir {folder}: process {holder or 'unknown'} is writing to it; wait for it to end, or name "
-                "another folder"
-            ) from None
-        except OSError:  # a file system without locks
-            os.close(file)
-            return
+        while True:
+            file = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                holder = os.read(file, 100).decode(errors="replace").strip()
+                os.close(file)
+                raise ConfigError(
+                    f"--output_dir {folder}: process {holder or 'unknown'} is writing to it; wait for it to end, or "
+                    "name another folder"
+                ) from None
+            except OSError:  # a file system without locks
+                os.close(file)
+                return
+            if _is_file(file, folder / LOCK_FILE):
+                break
+            os.close(file)  # its holder took it away between our opening and locking it: the next run makes another
         os.truncate(file, 0)
         os.write(file, f"{os.getpid()} on {socket.gethostname()}\n".encode())
         self._path, self._file = folder / LOCK_FILE, file
@@ -60,6 +64,14 @@ class RunLock:
                 self._path.unlink(missing_ok=True)
             os.close(self._file)
             self._file = None
+
+
+def _is_file(number: int, path: Path) -> bool:
+    """Returns whether an open file is still the one of that name."""
+    try:
+        return os.path.samestat(os.fstat(number), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 class Status:
@@ -77,6 +89,13 @@ class Status:
         with suppress(OSError):
             write_file(self._path, json.dumps(told, indent=1, allow_nan=False) + "\n")
 
+    def forget(self) -> bool:
+        """Removes what the run before told; returns whether it told anything."""
+        told = self._path.exists()
+        self._path.unlink(missing_ok=True)
+        flush(self._path.parent)
+        return told
+
     def failed(self, error: BaseException) -> None:
         """Writes that an error ended the run."""
         if isinstance(error, KeyboardInterrupt):
@@ -87,13 +106,13 @@ class Status:
             return
         code = error.exit_code if isinstance(error, LlmRecipesError) else 1
         state = "unhealthy" if isinstance(error, TrainingError) else "failed"
-        self.update(state, exit_code=code, message=" ".join(str(error).split())[:500])
+        self.update(state, exit_code=code, message=" ".join(without_secrets(str(error)).split())[:500])
 
 
 def read_status(folder: Path) -> dict[str, Any]:
     """Returns what status.json says; empty where there is none that can be read."""
     try:
         status = json.loads((folder / STATUS_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return status if isinstance(status, dict) else {}

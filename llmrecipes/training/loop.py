@@ -58,8 +58,8 @@ class Hooks:
     """What the loop tells and asks of the run around it."""
 
     report: Callable[[Record], None]
-    save: Callable[[str], None]
-    """saves the weights as they are now, as `best` or as `last`"""
+    save: Callable[[str, Place], None]
+    """saves the weights as they are at a place, as `best` or as `last`"""
     checkpoint: Callable[[Place], None] = lambda place: None
     """saves all that a run needs to go on from here"""
     stop_requested: Callable[[], bool] = lambda: False
@@ -164,7 +164,7 @@ def train(
     if stopped:
         hooks.checkpoint(place)
     if place.best_step != place.step:
-        hooks.save("last")
+        hooks.save("last", place)
     best = place.best_loss if place.best_step else None
     return TrainResult(place.step, place.tokens, place.last_loss, place.best_step, best, stopped)
 
@@ -381,6 +381,6 @@ def _validate(model: Any, validation: Windows, updater: Updater, plan: TrainPlan
     )
     # The first validation always counts as the best so far: a loss that is not a number must not lose the run.
     if metrics.loss < place.best_loss or math.isnan(place.best_loss) or place.best_step == 0:
-        hooks.save("best")
         place.best_loss, place.best_step = metrics.loss, place.step
+        hooks.save("best", place)
     return True

@@ -6,7 +6,7 @@ What is kept of a parameter is its own name, so that it finds its way back howev
 import math
 import random
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,10 @@ from llmrecipes.errors import PluginError
 from llmrecipes.training.updater import Updater
 
 Tensors = dict[str, torch.Tensor]
+
+
+PAGED = ("state1", "state2")
+"""What a paged optimizer of bitsandbytes keeps in paged memory, of parameters large enough."""
 
 
 @dataclass
@@ -42,10 +46,13 @@ class Place:
 
     @classmethod
     def of(cls, plain: Mapping[str, Any]) -> "Place":
-        """Returns what `plain` was made of."""
+        """Returns what `plain` was made of; raises where it cannot have been made so."""
         numbers: dict[str, Any] = {}
-        for name, value in plain.items():
-            numbers[name] = float.fromhex(value) if isinstance(value, str) else value
+        for item in fields(cls):
+            value = plain[item.name]
+            if item.type is int and (type(value) is not int or value < 0):
+                raise ValueError(f"{item.name} is {value!r}")
+            numbers[item.name] = value if item.type is int else float.fromhex(value)
         return cls(**numbers)
 
 
@@ -83,13 +90,25 @@ def restore_state(model: Any, updater: Updater, tensors: Tensors, plain: Mapping
         raise KeyError(f"optimizer state of {len(state)} parameters, {len(parameters)} train")
     for name, parameter in parameters.items():
         if state[name]:
-            optimizer.state[parameter] = state[name]
+            optimizer.state[parameter] = _paged(optimizer, parameter, state[name])
         else:
             optimizer.state.pop(parameter, None)
     for group, kept in zip(optimizer.param_groups, unpacked(plain["groups"], tensors, device), strict=True):
         group.update({key: value for key, value in kept.items() if key not in ("lr", "weight_decay", "initial_lr")})
     updater.restore(plain["updater"])
     restore_generators(unpacked(plain["random"], tensors, torch.device("cpu")), device)
+
+
+def _paged(optimizer: Any, parameter: torch.nn.Parameter, state: dict[str, Any]) -> dict[str, Any]:
+    """Returns a parameter's state, in memory that moves between host and GPU where bitsandbytes keeps it there.
+
+    What it was read into is a copy, which the next step would move to the GPU for good (optim/optimizer.py, `to_gpu`).
+    """
+    if not getattr(optimizer, "is_paged", False):
+        return state
+    moved = {key: state[key] for key in PAGED if key in state}
+    buffers = {key: optimizer.get_state_buffer(parameter, dtype=value.dtype) for key, value in moved.items()}
+    return {**state, **{key: buffer.copy_(moved[key]) for key, buffer in buffers.items()}}
 
 
 def generators(device: torch.device) -> dict[str, Any]:

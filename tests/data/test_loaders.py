@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -418,6 +419,24 @@ def in_a_worker(rows: list[dict[str, Any]]) -> dict[str, Any]:
     if get_worker_info() is not None and len(rows) == 1:
         raise ValueError("a bad row")
     return pad(rows)
+
+
+def drawing(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """A collator that draws from every generator of the process."""
+    drawn = [random.randrange(1000), int(np.random.randint(1000)), int(torch.randint(1000, (1,)))]
+    return {"input_ids": [[5, *drawn] for _ in rows], "labels": [[5, *drawn] for _ in rows]}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_a_collator_draws_depends_on_the_place_alone(workers: int, random_samples: Samples) -> None:
+    loader = Loader(random_samples(12), "padding", 64, batch_rows=2, seed=3, collator=drawing)
+    expected = [list(loader.windows(epoch)) for epoch in (0, 1)]
+    drawn = {tuple(window[0].input_ids[0].tolist()) for epoch in expected for window in epoch}
+    assert len(drawn) == 12
+    there = replace(loader, workers=workers)
+    before = [random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()]
+    assert same(list(there.windows(1, start=3)), expected[1][3:])
+    assert before == [random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()]
 
 
 def test_an_error_in_a_worker_stays_one_line() -> None:

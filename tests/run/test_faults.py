@@ -1,6 +1,7 @@
 """Laws of faults: whatever happens to a run, one line says so, and nothing that was saved is lost."""
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -14,7 +15,19 @@ from typing import Any
 
 import pytest
 import yaml
-from faults import COMMON, assert_equal, at_write, count_writes, curve, disk_full, failing, forked
+from faults import (
+    COMMON,
+    appears,
+    assert_equal,
+    at_write,
+    begun,
+    count_writes,
+    curve,
+    disk_full,
+    ended,
+    failing,
+    forked,
+)
 from safetensors.torch import load_file
 
 from llmrecipes.command import guarded
@@ -192,6 +205,8 @@ def test_three_in_a_row_end_the_run_with_a_checkpoint_and_a_black_box(
     # Behind the sick samples it goes on, as it would have with a larger --max_skipped_steps.
     flags |= poisoned(tmp_path)
     assert forked(lambda: finetune(tmp_path / "out", **{**flags, "resume_allow_changes": True})) == 0
+    assert "the black-box of the run before is set aside" in capfd.readouterr().out
+    assert not box.exists() and check_folder(tmp_path / "out" / "set-aside-black-box")
     flags |= poisoned(tmp_path, 5, 6, 7)
     assert forked(lambda: finetune(tmp_path / "patient", **{**flags, "max_skipped_steps": 4})) == 0
     assert curve(tmp_path / "out") == curve(tmp_path / "patient")
@@ -322,8 +337,7 @@ def test_a_lock_frees_itself_when_its_process_is_killed(tmp_path: Path) -> None:
     child = os.fork()
     if child == 0:
         os._exit(hold())
-    while not ready.exists():
-        time.sleep(0.01)
+    appears(ready)
     lock = RunLock()
     with pytest.raises(ConfigError, match=f"process {child} on .* is writing to it"):
         lock.acquire(tmp_path)
@@ -333,3 +347,62 @@ def test_a_lock_frees_itself_when_its_process_is_killed(tmp_path: Path) -> None:
     assert (tmp_path / "run.lock").read_text().startswith(f"{os.getpid()} on ")
     lock.release()
     assert not (tmp_path / "run.lock").exists()
+
+
+def test_a_lock_that_its_holder_took_away_meanwhile_is_no_lock(tmp_path: Path) -> None:
+    opened, released = tmp_path / "opened", tmp_path / "released"
+    first = RunLock()
+    first.acquire(tmp_path)
+
+    def second() -> int:
+        lockf = fcntl.lockf
+
+        def late(file: int, kind: int) -> None:
+            opened.touch()
+            appears(released)
+            lockf(file, kind)
+
+        fcntl.lockf = late
+        RunLock().acquire(tmp_path)
+        (tmp_path / "second has it").touch()
+        time.sleep(60)
+        return 0
+
+    child = begun(second)
+    appears(opened)
+    first.release()
+    released.touch()
+    appears(tmp_path / "second has it")
+
+    def third() -> int:
+        with pytest.raises(ConfigError, match=f"process {child} on .* is writing to it"):
+            RunLock().acquire(tmp_path)
+        return 0
+
+    assert forked(third) == 0
+    os.kill(child, signal.SIGKILL)
+    assert ended(child) == -signal.SIGKILL
+
+
+def test_a_run_in_a_new_folder_does_not_replace_one_that_was_faster(
+    finetune: Command, warm: None, sums_file: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    reading, go_on = tmp_path / "reading", tmp_path / "go-on"
+    (tmp_path / "slow.py").write_text(
+        Path(sums_file.rsplit(":", 1)[0]).read_text() + "\n\nimport time\nfrom pathlib import Path\n\n"
+        "def slow(config, tokenizer, split):\n"
+        f"    Path({str(reading)!r}).touch()\n"
+        f"    while not Path({str(go_on)!r}).exists():\n        time.sleep(0.01)\n"
+        "    return sums(config, tokenizer, split)\n"
+    )
+    slow = {"custom_dataset.file": f"{tmp_path / 'slow.py'}:slow"}
+    child = begun(lambda: guarded(lambda: finetune(tmp_path / "out", **slow)))
+    appears(reading)
+    assert forked(lambda: finetune(tmp_path / "out", save_steps=2)) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    capfd.readouterr()
+    go_on.touch()
+    assert ended(child) == 2
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "another run began in it after this one" in line and "--resume auto" in line
+    assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}

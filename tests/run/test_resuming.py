@@ -15,8 +15,9 @@ from llmrecipes.config.loading import leaves_of
 from llmrecipes.config.schema import RunConfig
 from llmrecipes.errors import ConfigError
 from llmrecipes.run.checkpoints import checkpoints
-from llmrecipes.run.manifest import check_folder, seal
-from llmrecipes.run.resuming import FREE
+from llmrecipes.run.manifest import ManifestError, check_folder, seal
+from llmrecipes.run.resuming import FREE, read_trainer
+from llmrecipes.training.state import Place
 
 Command = Callable[..., int]
 Records = Callable[..., list[dict[str, Any]]]
@@ -105,6 +106,72 @@ def test_a_run_that_is_done_is_left_alone(
     assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
 
 
+def test_a_run_is_not_done_where_its_data_or_program_is_another(
+    finetune: Command, sums_file: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    data, program = tmp_path / "data.txt", tmp_path / "mine.py"
+    data.write_text("7")
+    program.write_text(
+        Path(sums_file.rsplit(":", 1)[0])
+        .read_text()
+        .replace("for a, b in pairs", "for a, b in [*pairs, (7, answer())]")
+        + f"\n\ndef answer():\n    return int(open({str(data)!r}).read())\n"
+    )
+    flags = {**DROPOUT, "custom_dataset.file": f"{program}:sums"}
+    again = lambda: forked(lambda: guarded(lambda: finetune(tmp_path / "out", **flags)))  # noqa: E731
+    assert again() == 0 and again() == 0
+    assert "nothing to go on with" in capfd.readouterr().out
+    edits = {data: ("8", "other training data"), program: (program.read_text() + "#", "the plug-in mine.py was edited")}
+    for file, (content, told) in edits.items():
+        before = file.read_text()
+        file.write_text(content)
+        assert again() == 2
+        (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert "this is another run: " in line and told in line
+        file.write_text(before)
+    assert again() == 0
+
+
+def test_a_run_whose_result_is_lost_is_not_done(
+    finetune: Command, undisturbed: Callable[[str], Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(undisturbed("lora with dropout"), tmp_path / "out")
+    (tmp_path / "out" / "adapter_model.safetensors").unlink()
+    assert forked(lambda: finetune(tmp_path / "out", **DROPOUT)) == 0
+    shown = " ".join(capfd.readouterr().out.split())
+    assert "the result of the run before is written anew: adapter_model.safetensors is missing" in shown
+    assert_equal(tmp_path / "out", undisturbed("lora with dropout"))
+
+
+def test_a_run_that_saved_nothing_is_not_done_where_its_result_is_wanted(
+    finetune: Command, undisturbed: Callable[[str], Path], tmp_path: Path
+) -> None:
+    flags = {**DROPOUT, "save_steps": None}
+    assert forked(lambda: finetune(tmp_path / "out", **flags, save_model=False)) == 0
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+    assert forked(lambda: finetune(tmp_path / "out", **flags)) == 0
+    assert_equal(tmp_path / "out", undisturbed("lora with dropout"))
+
+
+UNKNOWN: dict[str, Callable[[dict[str, Any]], str]] = {
+    "deep": lambda told: "[" * 100_000,
+    "no run's": lambda told: '{"state": "done"}',
+    "plug-ins": lambda told: json.dumps({**told, "plugins": ["mine.py"]}),
+    "step": lambda told: json.dumps({**told, "step": "\x1b[2J"}),
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_a_status_that_no_run_wrote_tells_of_no_run_that_is_done(
+    name: str, finetune: Command, undisturbed: Callable[[str], Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(undisturbed("lora with dropout"), tmp_path / "out")
+    (tmp_path / "out" / "status.json").write_text(UNKNOWN[name](status(tmp_path / "out")))
+    assert forked(lambda: finetune(tmp_path / "out", **DROPOUT)) == 0
+    assert "nothing to go on with" not in capfd.readouterr().out
+    assert_equal(tmp_path / "out", undisturbed("lora with dropout"))
+
+
 def test_a_run_goes_on_in_another_folder_from_a_checkpoint_that_is_named(
     finetune: Command, undisturbed: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -126,6 +193,46 @@ def test_going_back_sets_newer_checkpoints_aside(
     assert forked(lambda: finetune(tmp_path / "out", **flags)) == 0
     assert (tmp_path / "out" / "set-aside-step-000008").is_dir()
     assert curve(tmp_path / "out") == curve(undisturbed("lora with dropout"))
+
+
+@pytest.mark.parametrize("way", ["back", "anew"])
+def test_killed_while_it_replaces_a_run_it_leaves_none_that_seems_done(
+    way: str, finetune: Command, undisturbed: Callable[[str], Path], tmp_path: Path
+) -> None:
+    expected = undisturbed("lora with dropout")
+    for point in range(1, 13) if way == "back" else range(1, 41, 3):
+        folder = tmp_path / str(point)
+        shutil.copytree(expected, folder)
+        flags = {"resume": folder / "step-000006"} if way == "back" else {"resume": "never"}
+
+        def run(point: int = point, folder: Path = folder, flags: dict[str, Any] = flags) -> int:
+            at_write(point, folder, killed)
+            return finetune(folder, overwrite_output_dir=way == "anew", **{**DROPOUT, **flags})
+
+        assert forked(run) == -signal.SIGKILL
+        assert forked(lambda folder=folder: finetune(folder, **DROPOUT)) == 0
+        assert_equal(folder, expected)
+
+
+@pytest.mark.parametrize("eval_steps", [0, 2])
+def test_going_back_leaves_no_result_of_a_future_that_never_came(
+    eval_steps: int, finetune: Command, tmp_path: Path, records: Records
+) -> None:
+    flags = {**DROPOUT, "eval_steps": eval_steps, "save_steps": 4, "lr": 0.05}
+    assert forked(lambda: finetune(tmp_path / "out", **flags)) == 0
+    result = lambda: json.loads((tmp_path / "out" / "manifest.json").read_text())  # noqa: E731
+    losses = lambda: {one["step"]: one["eval_loss"] for one in records(tmp_path / "out", "evaluation")}  # noqa: E731
+    assert (result()["step"], result()["eval_loss"]) == (9, losses()[9])
+    flags |= {"resume": tmp_path / "out" / "step-000008", "resume_allow_changes": True}
+    flags |= {"lr": 1e6, "lr_scheduler": "constant", "warmup_steps": 0}
+    assert forked(lambda: finetune(tmp_path / "out", **flags)) == 0
+    assert min(losses(), key=losses().get) == (8 if eval_steps else 6)  # then all went wrong
+    assert result()["eval_loss"] == losses()[result()["step"]]
+    if eval_steps:
+        best = tmp_path / "out" / "step-000008" / "adapter_model.safetensors"
+        assert result()["step"] == 8 and weights(tmp_path / "out")["adapter_model.safetensors"] == best.read_bytes()
+    else:  # the weights of step 6 are in no checkpoint
+        assert result()["step"] == 9
 
 
 def test_checkpoints_are_pruned_but_not_the_one_gone_on_from(finetune: Command, tmp_path: Path) -> None:
@@ -198,7 +305,10 @@ OTHER: dict[str, tuple[dict[str, Any], str]] = {
     "rank": ({"lora_config.r": 4}, "lora_config.r 8 -> 4"),
     "batch": ({"batch_size_training": 2}, "other samples in a step (--batch_size_training times"),
     "data": ({"custom_dataset.train_split": "wrong"}, "other training data"),
+    "fewer data": ({"custom_dataset.train_split": "validation"}, "other training data"),
 }
+REORDERING = ("seed", "batch", "fewer data")
+"""What leaves no place in the epoch to go on from."""
 
 
 @pytest.mark.parametrize("name", OTHER)
@@ -211,7 +321,12 @@ def test_changes_are_listed_and_refused(
     assert guarded(lambda: finetune(tmp_path / "out", **{**DROPOUT, **flags})) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: --resume {tmp_path / 'out' / 'step-000004'}: this is another run: ")
-    assert message in line and line.endswith("with --resume_allow_changes")
+    checkpoint = tmp_path / "out" / "step-000004"
+    way = f"(--from_peft_checkpoint {checkpoint})" if name in REORDERING else "with --resume_allow_changes"
+    assert message in line and line.endswith(way)
+    if name in REORDERING:
+        assert guarded(lambda: finetune(tmp_path / "out", **{**DROPOUT, **flags, "resume_allow_changes": True})) == 2
+        assert capsys.readouterr().err == f"{line}\n"
     assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
 
 
@@ -242,10 +357,15 @@ def test_an_adapter_of_another_shape_does_not_fit(
     assert "what it holds does not fit this run (ValueError: " in line and "has the shape" in line
 
 
-def test_another_cut_of_the_same_step_is_the_same_run(finetune: Command, stopped: Path, tmp_path: Path) -> None:
+def test_another_cut_of_the_same_step_goes_on_with_the_same_samples(
+    finetune: Command, stopped: Path, undisturbed: Callable[[str], Path], records: Records, tmp_path: Path
+) -> None:
     shutil.copytree(stopped, tmp_path / "out")
     flags = {**DROPOUT, "batch_size_training": 2, "gradient_accumulation_steps": 2}
-    assert finetune(tmp_path / "out", **flags) == 0
+    assert forked(lambda: finetune(tmp_path / "out", **flags)) == 0
+    found, expected = (records(folder) for folder in (tmp_path / "out", undisturbed("lora with dropout")))
+    for name in ("step", "epoch", "useful_tokens", "supervised_tokens", "learning_rate"):
+        assert [step[name] for step in found] == [step[name] for step in expected]
 
 
 def test_an_edited_plugin_is_told(finetune: Command, sums_file: str, trackers: str, tmp_path: Path) -> None:
@@ -263,6 +383,45 @@ def test_an_edited_plugin_is_told(finetune: Command, sums_file: str, trackers: s
     assert forked(refused) == 0
 
 
+def test_an_adapter_of_other_settings_is_another_run_whatever_its_name(
+    finetune: Command, tuned: Path, trackers: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("one", "same", "other"):
+        shutil.copytree(tuned, tmp_path / name / "adapter")
+    path = tmp_path / "other" / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "lora_alpha": 1}))
+    flags = {**COMMON, "lora_config.lora_dropout": None}
+
+    def run(name: str, **more: Any) -> int:
+        given = {**flags, "from_peft_checkpoint": tmp_path / name / "adapter", **more}
+        return forked(lambda: guarded(lambda: finetune(tmp_path / "out", **given)))
+
+    assert run("one", report_to=f"{trackers}:at_4") == 143
+    assert run("other") == 2
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "this is another run: from_peft_checkpoint adapter (" in line
+    assert run("same") == 0
+
+
+def test_plugins_of_one_name_are_told_apart(
+    finetune: Command, sums_file: str, trackers: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    data, rate = tmp_path / "data" / "mine.py", tmp_path / "rate" / "mine.py"
+    data.parent.mkdir()
+    rate.parent.mkdir()
+    data.write_text(Path(sums_file.rsplit(":", 1)[0]).read_text())
+    rate.write_text("def constant(progress):\n    return 1.0\n")
+    flags = {**DROPOUT, "custom_dataset.file": f"{data}:sums", "lr_scheduler": f"{rate}:constant"}
+    assert forked(lambda: finetune(tmp_path / "out", report_to=f"{trackers}:at_4", **flags)) == 143
+    for path, told in ((data, "the plug-in mine.py was edited"), (rate, "the plug-in mine.py (2) was edited")):
+        before = path.read_text()
+        path.write_text(before + "# a remark\n")
+        assert forked(lambda: guarded(lambda: finetune(tmp_path / "out", **flags))) == 2
+        assert told in capfd.readouterr().err
+        path.write_text(before)
+    assert forked(lambda: finetune(tmp_path / "out", **flags)) == 0
+
+
 # --- checkpoints that are not whole -----------------------------------------------------------------------------------
 
 
@@ -278,6 +437,13 @@ def cut(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-7])
 
 
+def unwritten(folder: Path) -> None:
+    trainer = json.loads((folder / "trainer.json").read_text())
+    (folder / "trainer.json").write_text(json.dumps({**trainer, "metrics_bytes": "many"}))
+    (folder / "manifest.json").unlink()
+    seal(folder, {"kind": "checkpoint"})
+
+
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "flipped": (flipped, "trainer.safetensors is not what was written (its SHA-256 differs)"),
     "cut": (cut, "were written"),
@@ -286,6 +452,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         "no manifest.json, so it was never finished",
     ),
     "no manifest": (lambda folder: (folder / "manifest.json").unlink(), "no manifest.json"),
+    "trainer.json": (unwritten, "its trainer.json cannot be gone on by (TypeError: metrics_bytes is no int)"),
     "no file": (lambda folder: (folder / "trainer.json").unlink(), "trainer.json is missing"),
 }
 
@@ -323,6 +490,45 @@ def test_where_no_checkpoint_is_whole_nothing_is_touched(
     assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
 
 
+def place(**changes: Any) -> dict[str, Any]:
+    return {"place": {**Place().plain(), "step": 8, **changes}}
+
+
+def state(**changes: Any) -> dict[str, Any]:
+    kept = {"updater": {"skipped_in_a_row": 0, "halvings": 0}, "optimizer": {"map": []}, "groups": {"list": []}}
+    return {"state": {**kept, "random": {"map": []}, **changes}}
+
+
+MALFORMED: dict[str, tuple[dict[str, Any], str]] = {
+    "bytes": ({"metrics_bytes": "many"}, "metrics_bytes is no int"),
+    "truth": ({"metrics_bytes": True}, "metrics_bytes is no int"),
+    "settings": ({"settings": []}, "settings is no dict"),
+    "order": ({"order": None}, "order is no str"),
+    "no place": ({"place": {}}, "KeyError: 'step'"),
+    "another step": (place(step=6), "it is of step 6"),
+    "step": (place(step="0x1p3"), "step is '0x1p3'"),
+    "window": (place(window=-1), "window is -1"),
+    "epoch": (place(epoch=None), "epoch is None"),
+    "loss": (place(best_loss="low"), "invalid hexadecimal"),
+    "great loss": (place(best_loss="0x1p99999"), "hexadecimal value too large"),
+    "state": (state(updater=[]), "TypeError"),
+    "halvings": (state(updater={"skipped_in_a_row": 0, "halvings": "1"}), "halvings is no int"),
+    "tensor": (state(optimizer={"tensor": "optimizer/none", "host": False}), "KeyError: 'optimizer/none'"),
+    "kind": (state(random={"map": [], "list": []}), "ValueError"),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_a_trainer_file_that_no_run_wrote_is_no_checkpoint(name: str, stopped: Path, tmp_path: Path) -> None:
+    changes, reason = MALFORMED[name]
+    shutil.copytree(stopped / "step-000004", tmp_path / "step-000008")
+    path = tmp_path / "step-000008" / "trainer.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **place(), **changes}))
+    with pytest.raises(ManifestError) as caught:
+        read_trainer(tmp_path / "step-000008")
+    assert str(caught.value).startswith("its trainer.json cannot be gone on by (") and reason in str(caught.value)
+
+
 def test_a_hostile_checkpoint_runs_nothing(
     finetune: Command, stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -340,7 +546,7 @@ def test_a_hostile_checkpoint_runs_nothing(
             seal(folder, {"kind": "checkpoint"})
         assert guarded(lambda name=name: finetune(tmp_path / name, **DROPOUT)) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith(f"error: --resume {tmp_path / name}") and len(line) < 500
+        assert line.startswith("error: --resume auto: none of the checkpoints in ") and len(line) < 700
     assert not (tmp_path / "evil").exists()
 
 
@@ -405,6 +611,23 @@ def test_going_back_twice_leaves_no_newer_checkpoint_in_place(
     assert curve(tmp_path / "out") == curve(undisturbed("lora with dropout"))
 
 
+def test_what_was_set_aside_is_gone_on_with_in_another_folder_only(
+    finetune: Command, undisturbed: Callable[[str], Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(undisturbed("lora with dropout"), tmp_path / "out")
+    back = {**DROPOUT, "resume": tmp_path / "out" / "step-000006"}
+    assert forked(lambda: finetune(tmp_path / "out", **back)) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    capfd.readouterr()
+    aside = {**DROPOUT, "resume": tmp_path / "out" / "set-aside-step-000008"}
+    assert forked(lambda: guarded(lambda: finetune(tmp_path / "out", **aside))) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"error: --resume {aside['resume']}: ") and "in a new --output_dir" in line
+    assert forked(lambda: finetune(tmp_path / "new", **aside)) == 0
+    assert curve(tmp_path / "new")[0] == next(one for one in curve(tmp_path / "out") if one[:2] == ("step", 9))
+    assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+
+
 def test_a_lost_run_yaml_does_not_keep_a_run_from_going_on(
     finetune: Command, undisturbed: Callable[[str], Path], trackers: str, tmp_path: Path
 ) -> None:
@@ -413,3 +636,24 @@ def test_a_lost_run_yaml_does_not_keep_a_run_from_going_on(
     (tmp_path / "out" / "run.yaml").unlink()
     assert forked(lambda: finetune(tmp_path / "out", **flags)) == 0
     assert curve(tmp_path / "out") == curve(undisturbed("lora with dropout"))
+
+
+def test_a_collator_that_draws_in_data_workers_goes_on_to_the_bit(
+    finetune: Command, warm: None, sums_file: str, trackers: str, tmp_path: Path
+) -> None:
+    (tmp_path / "noisy.py").write_text(
+        Path(sums_file.rsplit(":", 1)[0]).read_text() + "\n\nimport random, torch\n\n"
+        "def get_data_collator(tokenizer):\n"
+        "    def collate(rows):\n"
+        "        width = max(len(row['input_ids']) for row in rows)\n"
+        "        fill = {'input_ids': 0, 'labels': -100, 'attention_mask': 0}\n"
+        "        made = {key: [row[key] + [fill[key]] * (width - len(row[key])) for row in rows] for key in fill}\n"
+        "        made['input_ids'] = [[random.choice(ids), *ids[1:]] for ids in made['input_ids']]\n"
+        "        return made\n"
+        "    return collate\n"
+    )
+    flags = {**DROPOUT, "custom_dataset.file": f"{tmp_path / 'noisy.py'}:sums", "num_workers_dataloader": 2}
+    assert forked(lambda: finetune(tmp_path / "whole", **flags)) == 0
+    assert forked(lambda: finetune(tmp_path / "out", report_to=f"{trackers}:at_4", **flags)) == 143
+    assert forked(lambda: finetune(tmp_path / "out", **{**flags, "num_workers_dataloader": 1})) == 0
+    assert curve(tmp_path / "out") == curve(tmp_path / "whole")

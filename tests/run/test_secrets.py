@@ -24,15 +24,21 @@ def test_no_secret_of_the_environment_is_written_or_shown(
     for name, value in CANARIES.items():
         monkeypatch.setenv(name, value)
     (tmp_path / "crash.py").write_text(
-        "def crash(record):\n    if record.get('step') == 4:\n        raise RuntimeError('a bug of mine')\n"
+        "import os\nfrom llmrecipes.errors import TrainingError\n"
+        f"def told(): return ' '.join(os.environ[name] for name in {list(CANARIES)})\n"
+        "def crash(record):\n    if record.get('step') == 4:\n        raise RuntimeError('a bug of mine: ' + told())\n"
+        "def sick(record):\n    if record.get('step') == 4:\n        raise TrainingError('sick: ' + told())\n"
     )
     (tmp_path / "bad.yaml").write_text("output_dir: ${oc.env:HF_TOKEN}\nlr: ${oc.env:WANDB_API_KEY}\n")
     flags = {**COMMON, "report_to": "tensorboard"}
     assert forked(lambda: guarded(lambda: finetune(tmp_path / "good", **flags))) == 0
     assert forked(lambda: guarded(lambda: finetune(tmp_path / "bad", report_to=f"{tmp_path / 'crash.py'}:crash"))) == 2
+    assert forked(lambda: guarded(lambda: finetune(tmp_path / "sick", report_to=f"{tmp_path / 'crash.py'}:sick"))) == 3
     assert forked(lambda: guarded(lambda: finetune(tmp_path / "config", config=tmp_path / "bad.yaml"))) == 2
     shown = "".join(capfd.readouterr())
-    assert "a bug of mine" in shown and "step 9/9" in shown
+    assert "a bug of mine: (redacted)" in shown and "step 9/9" in shown
+    for told in ("bad/status.json", "sick/status.json", "sick/black-box/error.txt"):
+        assert "(redacted)" in (tmp_path / told).read_text(), told
     written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     for name, value in CANARIES.items():
         assert value not in shown, name

@@ -55,7 +55,7 @@ class Run:
         updater = Updater(model, torch.optim.SGD(model.parameters(), lr=lr), SCHEDULES["constant"], FP32)
         hooks = Hooks(
             self.report,
-            save=lambda name: self.events.append(f"save {name}"),
+            save=lambda name, place: self.events.append(f"save {name}"),
             checkpoint=lambda place: self.events.append(f"checkpoint {place.step}"),
             stop_requested=self.stop,
         )
