@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import sys
 from pathlib import Path
 
 SECRET = re.compile(r"(^|_)(TOKEN|KEY|APIKEY|SECRET|PASSWORD|PASSWD|AUTHORIZATION)(_|$)", re.IGNORECASE)
@@ -15,15 +16,17 @@ OWN_CGROUPS = Path("/proc/self/cgroup")
 
 
 def prepare_environment() -> None:
-    """Sets what PyTorch reads when it is first imported; whatever the user has set stands.
+    """Sets what libraries read when they are first imported; whatever the user has set stands.
 
     Threads that wait for each other sleep instead of spinning: on two cores, one of them taken by another program, a
     training step of the demo model takes 6 to 8 s with this and 57 s without (GNU libgomp, OpenMP 5.0 section 6.7).
     OpenMP knows the cores that the process may run on, but not how much of them its container may use.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    # transformers would otherwise fetch kernels, which are code, from the hub.
-    os.environ.setdefault("USE_HUB_KERNELS", "0")
+    # transformers would otherwise fetch kernels, which are code, from the hub; bitsandbytes 0.50 does so on some CPUs
+    # while it is imported, where the package `kernels` is installed, and no variable of its own forbids it.
+    if os.environ.setdefault("USE_HUB_KERNELS", "0") == "0":
+        sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]  # as if it were not installed
     quota = cpu_quota()
     if quota is not None and math.ceil(quota) < len(usable_cores()):
         os.environ.setdefault("OMP_NUM_THREADS", str(math.ceil(quota)))

@@ -83,3 +83,22 @@ def test_a_process_bound_to_one_core_computes_in_one_thread() -> None:
     kept = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=kept, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "1"
+
+
+@pytest.mark.parametrize(("chosen", "told"), [({}, "absent"), ({"USE_HUB_KERNELS": "1"}, "fetches")])
+def test_no_library_fetches_kernels_unless_the_user_says_so(chosen: dict[str, str], told: str, tmp_path: Path) -> None:
+    (tmp_path / "kernels.py").write_text("get_kernel = 'fetches'")
+    code = (
+        "import importlib.util\n"
+        "from llmrecipes.environment import prepare_environment; prepare_environment()\n"
+        "try: from kernels import get_kernel\n"
+        "except ImportError: get_kernel = 'absent'\n"
+        "assert (importlib.util.find_spec('kernels') is None) == (get_kernel == 'absent')\n"
+        "print(get_kernel)"
+    )
+    kept = {name: value for name, value in os.environ.items() if name != "USE_HUB_KERNELS"}
+    kept["PYTHONPATH"] = os.pathsep.join([str(tmp_path), kept.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=kept | chosen, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == told

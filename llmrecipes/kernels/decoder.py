@@ -161,10 +161,10 @@ class Decoder:
         return self.gate_up.forward(self.second_norm.of(middle, self.gate_up), None if seed is None else seed + 16)
 
     def _mlp_parts(self, middle: torch.Tensor) -> list[slice]:
-        """Returns the rows that the MLP works on one after the other; dropout counts rows, and wants all at once."""
+        """Returns the rows, none perhaps, that the MLP works on one after the other; dropout wants all at once."""
         if self.gate_up.drops or self.down.drops:
             return [slice(None)]
-        return [slice(start, start + MLP_ROWS) for start in range(0, len(middle), MLP_ROWS)]
+        return [slice(start, start + MLP_ROWS) for start in range(0, max(1, len(middle)), MLP_ROWS)]
 
     def backward(
         self, gradient: torch.Tensor, kept: Kept, shared: Shared, seed: int | None, wants_x: bool

@@ -5,6 +5,7 @@ first batch of a shape is computed as ever, the second is recorded, and from the
 numbers in the same places.
 """
 
+import gc
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from llmrecipes.batch import Batch, DocumentSpans
-from llmrecipes.precision import Precision
+from llmrecipes.precision import Precision, is_out_of_memory
 
 LossSum = Callable[[Any, Batch, Precision], torch.Tensor]
 Result = tuple[torch.Tensor, Sequence[torch.Tensor | None]]
@@ -26,28 +27,32 @@ class Replayed:
     """A loss of a model, summed over a batch's supervised tokens, that is recorded and played where gradients are
     wanted. One backward follows each forward: the next forward writes over the gradient.
 
-    `refresh` brings what the loss derives from the parameters up to date; `has_room` tells whether the memory takes a
-    record, which holds what a forward and backward need for as long as it lives.
+    `refresh` brings what the loss derives from the parameters up to date. Records share the memory that a forward and
+    backward need, and hold it for as long as they live: where the rest does not suffice, they are given up for good.
     """
 
-    def __init__(
-        self,
-        loss: LossSum,
-        parameters: Sequence[torch.nn.Parameter],
-        refresh: Callable[[], None],
-        has_room: Callable[[], bool],
-    ) -> None:
-        self.loss, self.parameters, self.refresh, self.has_room = loss, list(parameters), refresh, has_room
+    def __init__(self, loss: LossSum, parameters: Sequence[torch.nn.Parameter], refresh: Callable[[], None]) -> None:
+        self.loss, self.parameters, self.refresh, self.most = loss, list(parameters), refresh, MOST
         self.seen: set[Hashable] = set()
         """shapes of batches"""
-        self.records: dict[Hashable, Record | None] = {}
-        """of shapes seen twice; None where there is no room"""
+        self.records: dict[Hashable, Record] = {}
+        """of shapes seen twice"""
         self._stream: torch.cuda.Stream | None = None
         """of all that is computed: a record cannot be made on a device's first stream, nor wait for it"""
         self._pool: Any = None
 
     def __call__(self, model: Any, batch: Batch, precision: Precision) -> torch.Tensor:
         """Returns the loss as `loss` does."""
+        try:
+            return self._loss(model, batch, precision)
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or not self.most:
+                raise
+        self.records, self.most = {}, 0
+        gc.collect()
+        return self._loss(model, batch, precision)
+
+    def _loss(self, model: Any, batch: Batch, precision: Precision) -> torch.Tensor:
         if not torch.is_grad_enabled():
             return self.loss(model, batch, precision)
         with self._own_stream(batch.input_ids.device):
@@ -62,9 +67,11 @@ class Replayed:
             return
         around, self._stream = torch.cuda.current_stream(device), self._stream or torch.cuda.Stream(device)
         self._stream.wait_stream(around)
-        with torch.cuda.stream(self._stream):
-            yield
-        around.wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            around.wait_stream(self._stream)
 
     def result(self, model: Any, batch: Batch, precision: Precision) -> Result:
         """Returns the loss, which is the caller's own, and its gradients, which the next call writes over."""
@@ -73,10 +80,9 @@ class Replayed:
         if shape not in self.seen:
             self.seen.add(shape)
             return self._computed(model, batch, precision)
-        if shape not in self.records:
-            recorded = len(self.records) < MOST and self.has_room()
-            self.records[shape] = self._record(model, batch, precision) if recorded else None
-        record = self.records[shape]
+        if shape not in self.records and len(self.records) < self.most:
+            self.records[shape] = self._record(model, batch, precision)
+        record = self.records.get(shape)
         return record.play(batch) if record else self._computed(model, batch, precision)
 
     def _record(self, model: Any, batch: Batch, precision: Precision) -> "Record":
@@ -122,9 +128,9 @@ class _Played(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        there = [gradient for gradient in ctx.gradients if gradient is not None]
-        scaled = iter(torch._foreach_mul(there, gradients[0]))
-        return None, None, None, None, *(None if each is None else next(scaled) for each in ctx.gradients)
+        found, ctx.gradients = ctx.gradients, ()  # which a record that is given up must not outlive
+        scaled = iter(torch._foreach_mul([each for each in found if each is not None], gradients[0]))
+        return None, None, None, None, *(None if each is None else next(scaled) for each in found)
 
 
 def _tensors(batch: Batch) -> dict[str, torch.Tensor]:

@@ -66,11 +66,11 @@ def misshapen(model: Any) -> list[str]:
 
 def has_finite_weights(parameter: Any) -> bool:
     """Returns whether a parameter holds neither NaN nor infinity; a quantized one is known by its scales."""
-    if parameter.dtype == torch.uint8:
+    state = getattr(parameter, "quant_state", None)
+    if parameter.dtype == torch.uint8 and state is None:
         return has_finite_values(parameter)
     values = parameter
     if is_quantized(parameter):
-        state = getattr(parameter, "quant_state", None)
         values = parameter.SCB if state is None else state.offset if state.nested else state.absmax
     return bool(torch.isfinite(values).all())
 

@@ -73,7 +73,8 @@ def fit_memory(config: RunConfig, model: Any, loader: Loader, updater: Updater, 
             started = time.perf_counter()
             rehearse(model, batch, updater)  # once more, now that the kernels are compiled
             seconds = time.perf_counter() - started
-            texts = (told(model, fused.layers, pieces, cut), replay_batches(config, fused, cut, updater, limit - later))
+            replayed = replay_batches(config, fused, cut, updater, peak, limit - later)
+            texts = (told(model, fused.layers, pieces, cut), replayed)
             return Fitted(cut, "; ".join(text for text in texts if text), peak + later, seconds)
     need = "more" if peak is None else gib(peak + later)
     raise HardwareError(

@@ -15,7 +15,7 @@ from llmrecipes.kernels.attention import apply_document_attention
 from llmrecipes.kernels.calibration import BOUND, calibrate
 from llmrecipes.kernels.decoder import Keep
 from llmrecipes.kernels.footprint import Shape
-from llmrecipes.kernels.graphs import Replayed
+from llmrecipes.kernels.graphs import MOST, Replayed
 from llmrecipes.kernels.head import fused_loss_sum
 from llmrecipes.kernels.jit import triton
 from llmrecipes.kernels.layers import (
@@ -145,33 +145,41 @@ def eight_bit_compute(config: RunConfig, capability: tuple[int, int] | None, wid
 
 
 ROOM_BYTES = 1 << 30
-"""Memory left beside a recorded step, for what is not in it: validation without gradients, saving."""
+"""Memory left beside records: for what matmuls work in on a stream of their own, for saving, for gaps."""
+
+VALIDATION = 0.25
+"""Share of a step's memory that is left beside records for what keeps nothing for a backward pass."""
+
+ASKING = ("dynamic", "longrope")
+"""Rotary positions whose angles depend on the longest document, for which transformers asks the GPU."""
 
 
-def replay_batches(config: RunConfig, fused: Fused, loader: Loader, updater: Updater, limit: int) -> str:
+def replay_batches(config: RunConfig, fused: Fused, loader: Loader, updater: Updater, peak: int, limit: int) -> str:
     """Has batches recorded as CUDA graphs, and played from then on, where that is right; returns a text.
 
-    Shapes must repeat, nothing may be drawn at random or copied to the host within, and the memory must hold a record,
-    within `limit` bytes, beside the ordinary forward of a validation.
+    Shapes must repeat, and nothing may be drawn at random or copied to the host within. Records hold what a step does,
+    `peak` bytes with the model, a gradient each, and `limit` must hold a validation beside them. A batch of another
+    shape is computed beside them as well: where that does not fit, they are given up.
     """
-    precision, layers = updater.precision, list(fused.layers)
+    precision = updater.precision
+    layers: list[Any] = list(fused.layers)
     repeats = loader.fixed_shapes and precision.device.type == "cuda" and config.use_peft
     if not (layers and repeats) or precision.loss_scaling:
         return ""
     if any(layer.decoder.drops or layer.keep == Keep.OFFLOADED for layer in layers):
         return ""
-
-    def has_room() -> bool:
-        reserved = torch.cuda.memory_reserved(precision.device)
-        torch.cuda.empty_cache()
-        left = torch.cuda.memory_reserved(precision.device)
-        return limit - left >= 1.25 * (reserved - left) + ROOM_BYTES
+    if (layers[0].self_attn.config.rope_parameters or {}).get("rope_type") in ASKING:
+        return ""
+    gradients = sum(parameter.numel() * parameter.element_size() for parameter in updater.parameters)
+    step = peak - torch.cuda.memory_allocated(precision.device)
+    if peak + VALIDATION * step + MOST * gradients + ROOM_BYTES > limit:
+        return ""
 
     def refresh() -> None:
         for layer in layers:
             layer.refresh()
 
-    updater.loss = Replayed(updater.loss, updater.parameters, refresh, has_room)
+    updater.loss = Replayed(updater.loss, updater.parameters, refresh)
     return "batches replayed as CUDA graphs"
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -273,3 +274,17 @@ def test_what_is_not_known_stays_as_it_was(change: Any, told: str, tiny_model: B
     with pytest.raises(UnknownLayerError, match=told):
         apply_fused_layers(model, torch.float32)
     assert not any(isinstance(module, FusedLayer) for module in model.modules())
+
+
+@pytest.mark.parametrize("compute", ["exact", "int8"])
+@pytest.mark.parametrize("keep", list(Keep), ids=lambda keep: keep.name)
+def test_a_batch_in_which_nothing_is_supervised_adds_nothing(
+    keep: Keep, compute: str, build: Build, random_samples: Samples
+) -> None:
+    samples = [replace(sample, labels=np.full_like(sample.labels, -100)) for sample in random_samples(3)]
+    model = build(torch.float32)
+    apply_fused_layers(model, torch.float32, compute)
+    for layer in decoder_layers(model):
+        layer.keep = keep
+    loss, gradient = result(model, padded_batch([samples]), FLOAT32, fused_loss_sum)
+    assert loss == 0 and not gradient.any()

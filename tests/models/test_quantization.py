@@ -28,6 +28,7 @@ SCHEMES: dict[str, tuple[str, dict[str, Any]]] = {
     "fp4": ("4bit", {"quant_type": "fp4"}),
     "double": ("4bit", {"use_double_quant": True}),
     "stored as float32": ("4bit", {"quant_storage": "float32"}),
+    "stored as bytes": ("4bit", {"quant_storage": "uint8"}),
     "computing in bfloat16": ("4bit", {"compute_dtype": "bfloat16"}),
     "fp8": ("fp8", {}),
 }
@@ -74,10 +75,10 @@ def test_every_linear_but_the_output_is_rounded_and_the_model_answers_as_one_of_
 def unpacked(linear: Any) -> torch.Tensor:
     """The numbers that a layer's stored weight stands for, float32."""
     weight = linear.weight
-    if weight.dtype == torch.uint8:
-        return weight.view(torch.float8_e4m3fn).float() * linear.scales
     if getattr(weight, "quant_state", None) is not None:
         return functional.dequantize_4bit(weight.data, weight.quant_state).float()
+    if weight.dtype == torch.uint8:
+        return weight.view(torch.float8_e4m3fn).float() * linear.scales
     return weight.CB.float() * weight.SCB[:, None] / 127
 
 

@@ -4,18 +4,24 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import transformers
 
+from llmrecipes.batch import Sample, document_spans
 from llmrecipes.config.loading import load_config
 from llmrecipes.config.schema import RunConfig
+from llmrecipes.data.loaders import Loader
 from llmrecipes.errors import ConfigError
+from llmrecipes.kernels.decoder import Keep
+from llmrecipes.kernels.graphs import MOST, Replayed
 from llmrecipes.kernels.layers import UnknownLayerError
 from llmrecipes.precision import Precision
-from llmrecipes.run.speed import check_fusible
+from llmrecipes.run.speed import ROOM_BYTES, Fused, check_fusible, replay_batches
+from llmrecipes.training.loss import loss_sum
 
 Command = Callable[..., int]
 Losses = Callable[[Path], list[float]]
@@ -102,3 +108,36 @@ def test_a_model_with_windows_keeps_its_layers(
     precision = Precision(torch.device("cpu"), torch.float32, torch.float32, loss_scaling=False)
     with pytest.raises(UnknownLayerError, match="does not attend by document"):
         check_fusible(model, wanted, precision)
+
+
+PEAK = 8 << 30
+RECORDED = 10 * 2**30 + 40 * MOST + ROOM_BYTES
+
+
+@pytest.mark.parametrize(
+    ("limit", "changed", "recorded"),
+    [
+        (RECORDED, {}, True),
+        (RECORDED - 1, {}, False),
+        (RECORDED, {"drops": True}, False),
+        (RECORDED, {"keep": Keep.OFFLOADED}, False),
+        (RECORDED, {"rope_type": "dynamic"}, False),
+        (RECORDED, {"fixed_shapes": False}, False),
+    ],
+    ids=["fits", "does not", "dropout", "offloaded", "angles by length", "shapes differ"],
+)
+def test_batches_are_recorded_where_that_is_right_and_a_validation_fits_beside(
+    limit: int, changed: dict[str, Any], recorded: bool, random_samples: Callable[..., list[Sample]]
+) -> None:
+    found = {"drops": False, "keep": Keep.ALL, "rope_type": "default", "fixed_shapes": True} | changed
+    layer: Any = SimpleNamespace(
+        decoder=SimpleNamespace(drops=found["drops"]), keep=found["keep"],
+        self_attn=SimpleNamespace(config=SimpleNamespace(rope_parameters={"rope_type": found["rope_type"]})),
+    )  # fmt: skip
+    precision = Precision(torch.device("cuda"), torch.bfloat16, torch.float32, loss_scaling=False)
+    updater: Any = SimpleNamespace(precision=precision, parameters=[torch.nn.Parameter(torch.zeros(10))], loss=loss_sum)
+    loader = Loader(random_samples(8), "packing", 64, 1, layout=document_spans, fixed_shapes=found["fixed_shapes"])
+    config = load_config(RunConfig, {"model_name": "m", "output_dir": "o", "use_peft": "true"}).config
+    told = replay_batches(config, Fused("", loss_sum, [layer]), loader, updater, PEAK, limit)
+    assert told == ("batches replayed as CUDA graphs" if recorded else "")
+    assert isinstance(updater.loss, Replayed) == recorded
