@@ -70,7 +70,7 @@ PROBE = (
 """What base with adapter and the merged model are both asked to go on with, at each token."""
 
 MOST_DIVERGENCE = 0.1
-"""Nats a token that a merged model may be off: rounding a 135M model to bfloat16 costs a thousandth."""
+"""Nats a token that a merged model may be off: a 135M model rounded to bfloat16 was 6e-5 off, to float16 1.5e-6."""
 
 
 def merged_model(options: InferenceConfig, source: str, dtype: torch.dtype, tokenizer: Any) -> tuple[Any, float]:
