@@ -101,7 +101,7 @@ class Checkpoints:
             found = True
         self.writer.holds_best = found
         if not found:
-            place.best_loss, place.best_step = Place.best_loss, 0
+            place.forget_best()
 
     def check_space(self, at_start: bool = False) -> None:
         """Raises `ConfigError` where a checkpoint would not fit; nothing is removed to make room."""

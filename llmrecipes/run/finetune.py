@@ -115,7 +115,7 @@ def stations(loaded: Loaded[RunConfig], config_path: str | None, keeper: Keeper)
     lanes = run_lanes(config, source, precision)
     loaders = build_loaders(config, tokenizer, plugins, source, document_layout(precision), lanes)
     functions = (plugins.preprocessor, plugins.optimizer, plugins.schedule, *plugins.trackers.values())
-    describe = describer(config, loaders.training, functions, base, precision)
+    describe = describer(config, loaders.training, loaders.validation, functions, base, precision)
     if keeper.finished(describe):
         return 0
     contract = prompt_contract(tokenizer, loaders.training.samples)

@@ -71,6 +71,8 @@ class Keeper:
         """status.json of the run in the folder, where that is done and its settings are this one's"""
         self._spoiled = ""
         """why the result of such a run is none"""
+        self._compares = True
+        """whether validation losses are on the data that the checkpoint's were on"""
         self._lock = RunLock()
         self._new = False
         """whether the folder was not there when this run began"""
@@ -118,7 +120,9 @@ class Keeper:
         """Returns what the plan says of going on; raises `ConfigError` where this is another run."""
         if self.origin is None:
             return []
-        told = check_same_run(self.config, self.origin, describe(self.origin.place.epoch))
+        description = describe(self.origin.place.epoch)
+        told = check_same_run(self.config, self.origin, description)
+        self._compares = self.origin.trainer["validation"] == description["validation"]
         goes_on = f"goes on from {self.origin.folder}, behind step {self.origin.place.step}"
         folder = local_path(self.config.output_dir)
         box = self._is_of(folder) and (folder / BLACK_BOX).is_dir()
@@ -163,6 +167,8 @@ class Keeper:
         restore(writer.model, updater, self.origin)
         self._random = generators(updater.precision.device)
         self.place = self.origin.place
+        if not self._compares:
+            self.place.forget_best()
 
     def restore_random(self, device: torch.device) -> None:
         """Puts the random generators back, after all that might have drawn from them on the way to the first step."""
@@ -234,7 +240,12 @@ def plugin_notices(functions: Iterable[object]) -> list[str]:
 
 
 def describer(
-    config: RunConfig, loader: Loader, functions: Iterable[object], base: Base, precision: Precision
+    config: RunConfig,
+    loader: Loader,
+    validation: Loader | None,
+    functions: Iterable[object],
+    base: Base,
+    precision: Precision,
 ) -> Describe:
     """Returns a function that tells what a run that goes on must find again. Each part is found out once."""
     hashes = plugin_hashes(functions)
@@ -245,6 +256,7 @@ def describer(
         if not known:
             known["settings"] = compared_settings(config)
             known["samples"] = samples_fingerprint(loader.samples)
+            known["validation"] = samples_fingerprint(validation.samples) if validation else ""
             known["base"] = base.fingerprint
             known["plugins"] = by_name(hashes)
             known["versions"] = {**versions(), "device": device_name(precision.device)}

@@ -41,7 +41,7 @@ into batches is free as long as the step stays the same, which the order's finge
 
 PARTS = {
     "place": dict, "state": dict, "settings": dict, "plugins": dict, "versions": dict,
-    "samples": str, "base": str, "order": str, "metrics_bytes": int,
+    "samples": str, "validation": str, "base": str, "order": str, "metrics_bytes": int,
 }  # fmt: skip
 """What a trainer.json holds."""
 
@@ -186,6 +186,7 @@ def changed(trainer: Mapping[str, Any], description: Mapping[str, Any]) -> list[
     ]
     texts = {
         "samples": "other training data (the file, the preprocessor or the tokenizer changed)",
+        "validation": "other validation data, whose losses do not compare",
         "base": "other weights of the base model",
         "order": "other samples in a step (--batch_size_training times --gradient_accumulation_steps changed, or with "
         "--group_by_length one of them)",

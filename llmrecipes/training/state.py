@@ -40,6 +40,10 @@ class Place:
     """0: no validation yet"""
     evaluated_at: int = 0
 
+    def forget_best(self) -> None:
+        """Has the next validation be the best so far."""
+        self.best_loss, self.best_step = Place.best_loss, 0
+
     def plain(self) -> dict[str, Any]:
         """Returns it for JSON, every bit of a number kept and infinity too."""
         return {name: value.hex() if isinstance(value, float) else value for name, value in asdict(self).items()}

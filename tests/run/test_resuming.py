@@ -306,6 +306,7 @@ OTHER: dict[str, tuple[dict[str, Any], str]] = {
     "batch": ({"batch_size_training": 2}, "other samples in a step (--batch_size_training times"),
     "data": ({"custom_dataset.train_split": "wrong"}, "other training data"),
     "fewer data": ({"custom_dataset.train_split": "validation"}, "other training data"),
+    "validation": ({"custom_dataset.test_split": "wrong"}, "other validation data"),
 }
 REORDERING = ("seed", "batch", "fewer data")
 """What leaves no place in the epoch to go on from."""
@@ -339,6 +340,15 @@ def test_changes_are_gone_on_with_where_that_is_said(
     shown = " ".join(capsys.readouterr().out.split())
     assert "changed since the checkpoint: lr 0.01 -> 0.02; num_epochs 3 -> 4" in shown
     assert [record["step"] for record in records(tmp_path / "out")] == list(range(1, 13))
+
+
+def test_a_best_loss_on_other_validation_data_does_not_count(
+    finetune: Command, stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(stopped, tmp_path / "out")
+    flags = {**DROPOUT, "custom_dataset.test_split": "wrong", "lr": 1e-9, "resume_allow_changes": True}
+    assert finetune(tmp_path / "out", **flags) == 0
+    assert int(capsys.readouterr().out.split("at best at step ")[1].split()[0]) > 4
 
 
 def test_what_may_change_are_keys_of_a_run() -> None:
