@@ -21,7 +21,7 @@ FILE_NAME = "base.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 SLICE_BYTES = 1 << 12
-"""Of each tensor so much is looked at, from its middle: of a 7B model 1 MB, read in a tenth of a second."""
+"""Of each tensor so much is looked at, from its middle: of a 7B model 1 MB."""
 
 UNCOUNTED = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache")
 """Keys of config.json that tell who wrote it and how to load it, not which model it is."""
