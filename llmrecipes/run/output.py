@@ -217,11 +217,22 @@ def _written(temporary: Path, write: Callable[[Path], object], about: Mapping[st
     try:
         with disk_told(temporary.parent):
             write(temporary)
+            _let_read(temporary)
             seal(temporary, about or {})
     except ConfigError:
         with suppress(OSError):
             _remove_if_there(temporary)
         raise
+
+
+def _let_read(folder: Path) -> None:
+    """Gives weights the mode that the umask, by which the folder was made, gives other files.
+
+    safetensors writes through a temporary file, which is for its owner alone.
+    """
+    for path in folder.glob("*.safetensors"):
+        with suppress(PermissionError):  # a disk without modes
+            path.chmod(folder.stat().st_mode & 0o666)
 
 
 @contextmanager
