@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -95,18 +96,25 @@ def settle_quantized(model: Any) -> None:
 
 
 @contextmanager
-def rows_by_themselves(model: Any) -> Iterator[None]:
-    """Lets each row of an 8-bit matmul be rounded by itself while the context lasts.
+def rows_unrounded(model: Any) -> Iterator[None]:
+    """Lets bitsandbytes' 8-bit layers multiply by what their weights stand for, rows unrounded, in this context.
 
-    LLM.int8() computes in 16 bits the columns in which any token of the batch is large (threshold 6), so a token's
-    rounding depends a little on its neighbours. That is not attention, and a leak probe must not take it for a leak.
+    LLM.int8() rounds a token by the columns in which any token of its batch is large, and a last bit that another
+    attention kernel makes otherwise becomes a whole step of 1/127 of the row. Neither is attention: a leak probe of
+    packed rows must not take it for a leak.
     """
-    states = [module.state for module in model.modules() if hasattr(getattr(module, "state", None), "threshold")]
-    thresholds = [state.threshold for state in states]
-    for state in states:
-        state.threshold = 0.0
+    linears: list[Any] = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    layers = [linear for linear in linears if type(linear.weight).__name__ == "Int8Params"]
+    for layer in layers:
+        layer.forward = partial(_unrounded, layer)
     try:
         yield
     finally:
-        for state, threshold in zip(states, thresholds, strict=True):
-            state.threshold = threshold
+        for layer in layers:
+            del layer.forward
+
+
+def _unrounded(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    scales = layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB
+    weight = (layer.weight.data * (scales / 127)[:, None]).to(x.dtype)
+    return torch.nn.functional.linear(x, weight, None if layer.bias is None else layer.bias.to(x.dtype))

@@ -23,7 +23,15 @@ from safetensors.torch import save_file
 from llmrecipes.errors import ConfigError
 from llmrecipes.reports.format import gib
 from llmrecipes.run.manifest import MANIFEST, ManifestError, check_folder
-from llmrecipes.run.output import ResultWriter, about_best, is_whole, remove_folder, write_folder, write_into
+from llmrecipes.run.output import (
+    ResultWriter,
+    about_best,
+    free_bytes,
+    is_whole,
+    remove_folder,
+    write_folder,
+    write_into,
+)
 from llmrecipes.training.state import Place, Tensors, mutable_state, trained_parameters
 from llmrecipes.training.updater import Updater
 
@@ -106,7 +114,7 @@ class Checkpoints:
     def check_space(self, at_start: bool = False) -> None:
         """Raises `ConfigError` where a checkpoint would not fit; nothing is removed to make room."""
         need = int(SPARE * checkpoint_bytes(self.writer.model, self.updater))
-        free = shutil.disk_usage(_existing(self.writer.folder)).free
+        free = free_bytes(self.writer.folder)
         if free < need:
             when = "one checkpoint takes" if at_start else "the next checkpoint takes"
             rest = "" if at_start else ", then go on with --resume auto; what was saved before is whole"
@@ -179,10 +187,6 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def _existing(folder: Path) -> Path:
-    return next(place for place in (folder.resolve(), *folder.resolve().parents) if place.exists())
 
 
 def _apart(tensors: Tensors) -> Tensors:

@@ -44,8 +44,14 @@ def next_commands(config: RunConfig, folder: Path, contract: PromptContract) -> 
         model = ["--model_name", str(folder)]
     model += ["--trust_remote_code"] if config.trust_remote_code else []
     model += ["--model_revision", config.model_revision] if config.use_peft and config.model_revision else []
-    prompt = contract.example if 0 < len(contract.example.strip()) < LONGEST_EXAMPLE else "..."
+    prompt = example_prompt(contract)
     commands = [["python", "-m", "llmrecipes.inference", *model, *storage_flags(storage(config)), "--prompt", prompt]]
     if config.use_peft and config.peft_method == "lora":
         commands.append(["python", "-m", "llmrecipes.merging", *model, "--output_dir", f"{folder}-merged"])
     return [command_line(words) for words in commands]
+
+
+def example_prompt(contract: PromptContract | None) -> str:
+    """Returns a prompt of the training, or `...` where there is none that is fit for a command line."""
+    example = contract.example if contract else ""
+    return example if 0 < len(example.strip()) < LONGEST_EXAMPLE else "..."

@@ -24,7 +24,7 @@ from llmrecipes.kernels.calibration import exact_matmuls
 from llmrecipes.models.adapters import attach_trained, checked_base, count_parameters
 from llmrecipes.models.folders import is_local, local_path
 from llmrecipes.models.loading import load_model, load_tokenizer, resolve_model
-from llmrecipes.models.quantization import rows_by_themselves
+from llmrecipes.models.quantization import rows_unrounded
 from llmrecipes.plugins import Plugin, plugin_folders, resolve_function
 from llmrecipes.precision import Precision, device_name, out_of_memory_told
 from llmrecipes.prompt_contract import prompt_contract
@@ -240,7 +240,7 @@ def prove_no_leak(model: Any, config: RunConfig, loaders: Loaders, precision: Pr
     if attention_window(model.config):  # lost, it would be missed only by a sample that is longer
         row.append(loaders.training.samples[int(np.argmax(loaders.training.lengths))])
     try:
-        with out_of_memory_told("leak probe", SMALLER), rows_by_themselves(model):
+        with out_of_memory_told("leak probe", SMALLER), rows_unrounded(model):
             batch = padded_batch([row], loaders.training.layout)
             moved = check_no_leak(model, batch, precision, lambda: exact_matmuls(fused.layers))
     except (ValueError, TypeError, RuntimeError) as error:

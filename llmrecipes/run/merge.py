@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from llmrecipes.config.loading import Loaded
 from llmrecipes.config.schema import InferenceConfig, MergingConfig, ModelOptions
@@ -14,10 +15,19 @@ from llmrecipes.errors import ConfigError, ModelError
 from llmrecipes.models.adapters import MERGEABLE, load_adapter
 from llmrecipes.models.folders import check_adapter_folder, local_path
 from llmrecipes.models.identity import check_base
-from llmrecipes.models.loading import load_model, resolve_model
+from llmrecipes.models.loading import load_model, model_config, resolve_model
 from llmrecipes.precision import Precision
 from llmrecipes.prompt_contract import load_contract
-from llmrecipes.run.output import check_output_dir, claim_output_dir, command_line, save_weights, write_into
+from llmrecipes.reports.format import gib
+from llmrecipes.run.closing import example_prompt
+from llmrecipes.run.output import (
+    check_output_dir,
+    claim_output_dir,
+    command_line,
+    free_bytes,
+    save_weights,
+    write_into,
+)
 from llmrecipes.run.preparing import answering_tokenizer, storage, storage_flags, trained_storage
 
 
@@ -45,12 +55,13 @@ def merge(loaded: Loaded[MergingConfig], config_path: str | None) -> int:
     inputs = (config.model_name, config.peft_model)
     folder = check_output_dir(config.output_dir, config.overwrite_output_dir, inputs)
     tokenizer = answering_tokenizer(options, source)
+    check_space(config, options, source, folder)
     merged, divergence = merged_model(options, source, getattr(torch, config.dtype), tokenizer)
+    contract = load_contract(adapter_folder)
 
     def write(target: Path) -> None:
         save_weights(merged, target)
         tokenizer.save_pretrained(str(target))
-        contract = load_contract(adapter_folder)
         if contract is not None:
             contract.save(target)
 
@@ -58,9 +69,32 @@ def merge(loaded: Loaded[MergingConfig], config_path: str | None) -> int:
     write_into(folder, write)
     for notice in (*notices, *storage_notices(adapter_folder)):
         print(f"note: {notice}", file=sys.stderr)
-    print(f"merged model ({config.dtype}) in {folder}; its KL divergence from base and adapter: {divergence:.1e}")
-    print("try it:\n  " + command_line(["python", "-m", "llmrecipes.inference", "--model_name", str(folder)]))
+    print(
+        f"merged model ({config.dtype}) in {folder}; its KL divergence from base and adapter: {divergence:.1e} nats a "
+        f"token (0: it answers the same; above {MOST_DIVERGENCE} nothing would have been written)"
+    )
+    words = ["python", "-m", "llmrecipes.inference", "--model_name", str(folder)]
+    words += ["--trust_remote_code"] if config.trust_remote_code else []
+    print("try it:\n  " + command_line([*words, "--prompt", example_prompt(contract)]))
     return 0
+
+
+def check_space(config: MergingConfig, options: InferenceConfig, source: str, folder: Path) -> None:
+    """Raises `ConfigError` where the merged model would not fit on the disk, with the old one in the folder gone."""
+    described = model_config(options, source)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(described, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError):
+        return  # loading will say what is wrong with it
+    untie(model, check_adapter_folder(local_path(config.peft_model), "peft_model"))
+    need = sum(item.numel() for item in model.parameters()) * getattr(torch, config.dtype).itemsize + BESIDE
+    free = free_bytes(folder) + sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    if free < need:
+        raise ConfigError(
+            f"--output_dir {config.output_dir}: the merged model takes {gib(need)} in {config.dtype}, and {gib(free)} "
+            "are free; make room, or name a folder on another disk"
+        )
 
 
 PROBE = (
@@ -68,6 +102,9 @@ PROBE = (
     "some? Jerry: Sure! Amanda: I'll bring you some tomorrow :-) def double(x): return 2 * x"
 )
 """What base with adapter and the merged model are both asked to go on with, at each token."""
+
+BESIDE = 16 << 20
+"""Bytes for the tokenizer and the rest."""
 
 MOST_DIVERGENCE = 0.1
 """Nats a token that a merged model may be off: a 135M model rounded to bfloat16 was 6e-5 off, to float16 1.5e-6."""

@@ -122,9 +122,18 @@ def _check_contents(folder: Path, path: str, overwrite: bool) -> None:
 
 def _check_writable(folder: Path, told: str) -> None:
     """Raises `ConfigError` where a folder, or the nearest one above it that is there, cannot be written to."""
-    existing = next(place for place in (folder.resolve(), *folder.resolve().parents) if place.exists())
+    existing = _existing(folder)
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise ConfigError(f"{told}: {existing} cannot be written to; name another place")
+
+
+def free_bytes(folder: Path) -> int:
+    """Returns how much room is left on the disk of a folder that need not be there yet."""
+    return shutil.disk_usage(_existing(folder)).free
+
+
+def _existing(folder: Path) -> Path:
+    return next(place for place in (folder.resolve(), *folder.resolve().parents) if place.exists())
 
 
 def _held(folder: Path, patterns: Sequence[str]) -> set[Path]:
@@ -217,11 +226,22 @@ def _written(temporary: Path, write: Callable[[Path], object], about: Mapping[st
     try:
         with disk_told(temporary.parent):
             write(temporary)
+            _let_read(temporary)
             seal(temporary, about or {})
     except ConfigError:
         with suppress(OSError):
             _remove_if_there(temporary)
         raise
+
+
+def _let_read(folder: Path) -> None:
+    """Gives weights the mode that the umask, by which the folder was made, gives other files.
+
+    safetensors writes through a temporary file, which is for its owner alone.
+    """
+    for path in folder.glob("*.safetensors"):
+        with suppress(PermissionError):  # a disk without modes
+            path.chmod(folder.stat().st_mode & 0o666)
 
 
 @contextmanager

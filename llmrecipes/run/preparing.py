@@ -195,7 +195,9 @@ def trained_storage(adapter_folder: Path) -> dict[str, str] | None:
     if not path.is_file():
         return None
     return storage(RunConfig(model_name="", output_dir="")) | {
-        item.key: str(item.value) for item in read_config_file(path) if item.key in STORAGE_KEYS
+        item.key: plain(None) if item.value is None else str(item.value)
+        for item in read_config_file(path)
+        if item.key in STORAGE_KEYS
     }
 
 

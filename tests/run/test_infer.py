@@ -148,6 +148,9 @@ def test_a_base_stored_otherwise_than_in_training_is_told(
     assert "leave --quantization out" in told(tmp_path / "plain", quantization="8bit")
     assert wanted in told(tmp_path / "out", quantization="fp8")
     assert "stored in another way" not in told(tmp_path / "plain")
+    settings = tmp_path / "plain" / "run.yaml"
+    settings.write_text(settings.read_text() + "quantization: null\n")
+    assert "stored in another way" not in told(tmp_path / "plain")
 
 
 def test_a_prompt_of_another_form_than_in_training_is_told(infer: Command, tuned: Path, capsys: Printed) -> None:

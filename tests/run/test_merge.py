@@ -51,7 +51,9 @@ def test_the_command_that_is_proposed_answers(
     merge: Command, infer: Command, tuned: Path, tmp_path: Path, capsys: Printed
 ) -> None:
     merge(tuned, tmp_path / "out")
-    assert f"llmrecipes.inference --model_name {tmp_path / 'out'}" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"llmrecipes.inference --model_name {tmp_path / 'out'} --prompt 2+0=\n" in told
+    assert " nats a token (0: it answers the same; above 0.1 nothing would have been written)\n" in told
     infer("9+3=", model_name=str(tmp_path / "out"))
     assert capsys.readouterr() == ("12\n", "")
     infer("9+3", model_name=str(tmp_path / "out"))
@@ -120,6 +122,26 @@ def tied_folder(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
     return folder
+
+
+def test_a_disk_too_small_for_the_model_is_told_before_it_is_read(
+    merge: Command, tuned: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = (model_folder / "model.safetensors").stat().st_size
+    free = [0]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": free[0]})())
+    with monkeypatch.context() as unread:
+        unread.setattr("llmrecipes.run.merge.load_model", lambda *given: pytest.fail("the weights were read"))
+        for free[0] in (1000, (16 << 20) + size // 2):  # float32 takes as much as the base; bfloat16 half of it
+            told = r"--output_dir .*: the merged model takes 1\d MiB in float32, and \d+ MiB are free; make room"
+            with pytest.raises(ConfigError, match=told):
+                merge(tuned, tmp_path / "out", dtype="float32")
+        assert not (tmp_path / "out").exists()
+    assert merge(tuned, tmp_path / "out", dtype="bfloat16") == 0
+    free[0] = (16 << 20) - 1000  # what it replaces makes room
+    with pytest.raises(ConfigError, match="make room"):
+        merge(tuned, tmp_path / "other", dtype="bfloat16")
+    assert merge(tuned, tmp_path / "out", dtype="bfloat16", overwrite_output_dir="true") == 0
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------

@@ -143,6 +143,21 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
         assert contents(tmp_path)["last/weights"] == b"new" and is_whole(tmp_path / "last")
 
 
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_every_file_has_the_mode_that_the_umask_gives(
+    umask: int, mode: int, finetune: Command, merge: Command, tmp_path: Path
+) -> None:
+    before = os.umask(umask)
+    try:
+        finetune(tmp_path / "out", save_steps=3)
+        merge(tmp_path / "out", tmp_path / "merged")
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"adapter_model.safetensors", "trainer.safetensors", "model.safetensors"} <= {path.name for path in files}
+    assert {path.name: path.stat().st_mode & 0o777 for path in files} == {path.name: mode for path in files}
+
+
 @contextmanager
 def files_at_most(size: int) -> Iterator[None]:
     """A machine whose files cannot grow beyond a size, as on a full disk."""
