@@ -4,7 +4,7 @@
 # Expect:  the adapter in outputs/arithmetic; outputs/arithmetic-report.md, the table of exact matches.
 #
 # First: recipes/create_arithmetic_data.sh. Then: recipes/infer_arithmetic.sh
-# MODEL_NAME, QUANTIZATION (8bit, 4bit, none), DATA_DIR, OUTPUT_DIR and EVAL_SAMPLES may be set; flags go to the
+# MODEL_NAME, QUANTIZATION (8bit, fp8, 4bit, none), DATA_DIR, OUTPUT_DIR and EVAL_SAMPLES may be set; flags go to the
 # fine-tuning: MODEL_NAME=models/SmolLM2-135M-Instruct.Q4_1.gguf recipes/finetune_arithmetic.sh --num_epochs 1
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Purpose: teach Llama-2-7B (8-bit, LoRA) to summarize chats (SAMSum), then compare it with its base by ROUGE.
+# Purpose: teach Llama-2-7B (4-bit, LoRA) to summarize chats (SAMSum), then compare it with its base by ROUGE.
 # Cost:    the model must be at hand: 13 GB from the hub, which asks to accept its licence.
 # Expect:  the adapter in outputs/samsum; outputs/samsum-report.md, the table of ROUGE scores.
 #
 # Then: recipes/infer_samsum.sh
-# MODEL_NAME, QUANTIZATION (4bit, 8bit, none), DATA_DIR (train, validation and test as JSON, CSV or parquet; empty: the
-# hub), OUTPUT_DIR and EVAL_SAMPLES may be set; flags go to the fine-tuning: recipes/finetune_samsum.sh --num_epochs 1
+# MODEL_NAME, QUANTIZATION (4bit, fp8, 8bit, none), DATA_DIR (train, validation and test as JSON, CSV or parquet; empty:
+# the hub), OUTPUT_DIR and EVAL_SAMPLES may be set; flags go to the fine-tuning:
+# recipes/finetune_samsum.sh --num_epochs 1
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmrecipes import __main__ as one_command
-from llmrecipes import __version__, command, evaluation, finetuning, inference, merging
+from llmrecipes import __version__, command, evaluation, finetuning, inference, merging, plan
 from llmrecipes.command import COMMANDS, guarded, joined, launch, parse_flags, run_command
 from llmrecipes.config.loading import BARE, Loaded, leaves_of
 from llmrecipes.data.__main__ import main as data_main
@@ -28,6 +28,7 @@ MAINS: dict[str, Callable[..., int]] = {
     "inference": inference.main,
     "evaluation": evaluation.main,
     "merging": merging.main,
+    "plan": plan.main,
 }
 NEEDED = ["--model_name", "m", "--output_dir", "o"]
 
@@ -135,7 +136,7 @@ def test_a_run_is_entered_only_once_every_flag_is_accepted(
     name: str, entered: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["--model_name", "m", "--peft_model", "p"]
-    words = NEEDED if name == "finetuning" else [*words, "--output_dir", "o"] if name == "merging" else words
+    words = NEEDED if name in ("finetuning", "plan") else [*words, "--output_dir", "o"] if name == "merging" else words
     assert launch(name, [*words, "--no_such_flag", "2"]) == 2
     assert not entered
     assert (
@@ -160,11 +161,13 @@ def test_every_command_can_be_called_from_python(entered: list[Any]) -> None:
         "inference": {"model_name": "m", "prompt": "-"},
         "evaluation": {"model_name": "m", "metric": ["rouge"]},
         "merging": {"model_name": "m", "peft_model": "p", "output_dir": "o"},
+        "plan": {"model_name": "m", "card": "H200"},
     }
     for name, main in MAINS.items():
         assert main(**given[name]) == 0
     configs = [loaded.config for loaded, _ in entered]
     assert (configs[0].lora_config.r, configs[0].lr, configs[1].prompt, configs[2].metric) == (4, 0.5, "-", ["rouge"])
+    assert configs[4].card == "h200"
 
 
 def test_from_python_an_error_is_an_exception() -> None:

@@ -14,7 +14,7 @@ FLOORS = (
     ("config", "plugins", "batch", "prompts", "prompt_contract", "precision"),
     ("data", "models", "kernels", "training", "generation", "reports"),
     ("run",),
-    ("command", "finetuning", "inference", "evaluation", "merging", "verify", "__main__", "data.__main__"),
+    ("command", "finetuning", "inference", "evaluation", "merging", "plan", "verify", "__main__", "data.__main__"),
 )
 STRANGERS = FLOORS[2]
 """None of them knows another."""
@@ -22,7 +22,7 @@ STRANGERS = FLOORS[2]
 MODULE_LINES, FUNCTION_LINES, PARAMETERS = 400, 60, 7
 HEAVY = {"torch", "transformers", "numpy", "peft", "bitsandbytes", "datasets", "accelerate", "pyarrow", "rich"}
 LIGHT = (
-    "command", "finetuning", "inference", "evaluation", "merging", "verify", "__main__", "data.__main__",
+    "command", "finetuning", "inference", "evaluation", "merging", "plan", "verify", "__main__", "data.__main__",
     "config.rules",
 )  # fmt: skip
 """What a wrong flag is told by, in under a second: imports nothing of `HEAVY`, itself or through others."""

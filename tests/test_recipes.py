@@ -65,6 +65,18 @@ def test_bash_can_read_the_recipe(path: Path) -> None:
     subprocess.run(["bash", "-n", str(path)], check=True)
 
 
+def test_a_fine_tuning_recipe_names_its_own_quantization_first_and_every_other() -> None:
+    for path in RECIPES:
+        text = path.read_text()
+        chosen = re.search(r"^QUANTIZATION=\$\{QUANTIZATION:-(\w+)\}$", text, re.MULTILINE)
+        listed = re.search(r"QUANTIZATION \((.*?)\)", text)
+        if not path.name.startswith("finetune_") or chosen is None:
+            continue
+        assert listed and set(listed[1].split(", ")) == {"4bit", "8bit", "fp8", "none"}, path.name
+        assert listed[1].split(", ")[0] == chosen[1], path.name
+        assert f"({chosen[1].replace('bit', '-bit')}, LoRA)" in text, path.name
+
+
 def test_every_config_has_its_recipe_and_both_name_the_same_model_and_output() -> None:
     recipes = {path: path.read_text() for path in RECIPES}
     for config in CONFIGS:
@@ -217,13 +229,15 @@ def test_the_samsum_recipes_tune_compare_and_ask(run_recipe: Run, tmp_path: Path
 
 def test_the_guanaco_recipe_draws_chats_tunes_asks_and_merges(run_recipe: Run, tmp_path: Path) -> None:
     raw, output = tmp_path / "raw.jsonl", tmp_path / "output"
-    chats = [f"### Human: What comes after {row}?### Assistant: {row + 1}." for row in range(1200)]
+    chats = [f"### Human: What comes after {row}?### Assistant: {row + 1}." for row in range(24)]
     raw.write_text("".join(json.dumps({"text": chat}) + "\n" for chat in chats))
-    places = {"SOURCE": str(raw), "DATA_DIR": str(tmp_path / "data"), "OUTPUT_DIR": str(output)}
+    places = {"SOURCE": str(raw), "DATA_DIR": str(tmp_path / "data"), "OUTPUT_DIR": str(output), "TRAIN_ROWS": "20"}
     run_recipe(  # paging needs a GPU
         "finetune_guanaco_qlora.sh", "--max_train_step", "2", "--optimizer", "adamw", **places, QUESTIONS="Who?"
     )
     check_adapter(output)
+    drawn = {path.name: len(path.read_text().splitlines()) for path in (tmp_path / "data").iterdir()}
+    assert drawn == {"guanaco_train.jsonl": 20, "guanaco_validation.jsonl": 2, "guanaco_test.jsonl": 2}
     assert list(output.rglob("events.out.tfevents*")), "no TensorBoard file"
     merged = tmp_path / "output-merged"
     assert (merged / "config.json").is_file()

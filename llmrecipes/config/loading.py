@@ -174,6 +174,8 @@ def assign(tree: DictConfig, leaf: Leaf, item: Given) -> str | None:
         value = None
     if value is None and not leaf.optional:
         return f"needs a value ({leaf.type_name}), it cannot be none"
+    if limits.any_case and isinstance(value, str):
+        value = value.lower()
     if leaf.kind is list and isinstance(value, str):
         value = [part.strip().strip("'\"") for part in value.strip().strip("[]()").split(",") if part.strip()]
     try:

@@ -27,6 +27,8 @@ class Limits:
     at_least: float | None = None
     at_most: float | None = None
     above: float | None = None
+    any_case: bool = False
+    """Whether `H200` is `h200`: for names that others write in capitals."""
     bare: str | None = None
     """What the flag means when it is given without a value; None: a value must follow (a boolean means true)."""
 

@@ -282,11 +282,12 @@ class RunConfig(
 
 @dataclass(frozen=True)
 class PlanConfig(RunConfig):
-    """llmrecipes plan: what a fine-tuning would take on a GPU that need not be here; no weights are read."""
+    """python -m llmrecipes.plan: what a fine-tuning would take on a GPU that need not be here; no weights are read."""
 
     card: str = option(
-        "4090", "the GPU; --fit says where it has less memory", choices=("3090", "4090", "a100", "h100", "h200")
-    )
+        "4090", "the GPU; --fit says where it has less memory", any_case=True,
+        choices=("3090", "4090", "a100", "h100", "h200"),
+    )  # fmt: skip
     output_dir: str = option("", "not written to")
 
 

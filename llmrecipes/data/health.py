@@ -265,7 +265,7 @@ def _overlong_findings(profile: Profile) -> Iterator[Finding]:
         return
     told = f"{profile.split}: {_of(profile.overlong, profile.rows)} longer than {profile.limits.reason}"
     if profile.limits.overlong == "error":
-        yield Finding(PROBLEM, f"{told}; say with --overlong what becomes of them, or raise it")
+        yield Finding(PROBLEM, f"{told}; {profile.limits.remedy}")
         return
     lost = profile.tokens - profile.kept_tokens
     unlearned = profile.supervised - profile.kept_supervised

@@ -28,6 +28,12 @@ class SampleLimits:
         own = f"the model's {self.max_positions} positions"
         return own if self.max_positions < self.context_length else f"--context_length {self.context_length}"
 
+    @property
+    def remedy(self) -> str:
+        """What to do about samples that are longer."""
+        raised = "" if self.max_positions < self.context_length else "raise it, or "
+        return f"{raised}say with --overlong what becomes of them: truncate, drop or split"
+
 
 @dataclass
 class Overlong:
@@ -52,11 +58,7 @@ class Overlong:
     @property
     def fault(self) -> str:
         """What is wrong with these rows, and what to do."""
-        raised = "" if self.limits.max_positions < self.limits.context_length else "raise it, or "
-        return (
-            f"longer than {self.limits.reason} (longest {max(self.tokens.values())} tokens; {raised}say with "
-            "--overlong what becomes of them)"
-        )
+        return f"longer than {self.limits.reason} (longest {max(self.tokens.values())} tokens; {self.limits.remedy})"
 
     @property
     def notice(self) -> str:

@@ -3,6 +3,7 @@
 Before the training there is nothing to save, so there SIGTERM and SIGUSR1 stop at once as well.
 """
 
+import atexit
 import signal
 import threading
 from pathlib import Path
@@ -44,6 +45,9 @@ class StopRequest:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
+        if self.previous:
+            atexit.unregister(_ignore_interrupts)
+            atexit.register(_ignore_interrupts)  # the last to be registered is the first to be called
 
     def _mark(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and (self.requested or not self._waiting):
@@ -82,6 +86,11 @@ class SaveRequest:
 
     def _mark(self, number: int, frame: FrameType | None) -> None:
         self._marked = True
+
+
+def _ignore_interrupts() -> None:
+    """Has a process that is leaving finish that: all is saved, and Ctrl-C could only print a traceback."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _numbers(names: tuple[str, ...]) -> list[signal.Signals]:

@@ -2,11 +2,14 @@
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from llmrecipes.errors import ConfigError, ModelError
+from llmrecipes.errors import ModelError
 from llmrecipes.run.manifest import MANIFEST, ManifestError, check_folder
+
+CHECKPOINT = re.compile(r"step-(\d{6,})")
 
 LARGEST_HEADER = 100 << 20
 """Bytes of a safetensors header, as the library itself allows."""
@@ -15,21 +18,45 @@ LARGEST_HEADER = 100 << 20
 def verify(names: Sequence[str]) -> int:
     """Prints a line for each folder, and for those a run made in it; raises `ModelError` with a line for each bad one.
 
+    All are looked at before it is raised.
     A folder without a manifest, such as a model from the hub, is looked at only for files that are cut short.
     """
     bad = []
     for name in names:
         folder = Path(name).expanduser()
         if not folder.is_dir():
-            raise ConfigError(f"verify {name}: no such folder")
+            bad.append(f"verify {name}: {no_folder(folder)}")
+            continue
         for item in saved_folders(folder):
             try:
                 print(f"{item}: {checked(item)}")
             except ManifestError as error:
-                bad.append(f"{item}: {error}; fetch or write it again")
+                bad.append(f"{item}: {error}; {way_out(item)}")
     if bad:
         raise ModelError("\n".join(bad))
     return 0
+
+
+def no_folder(path: Path) -> str:
+    """Returns why what was named cannot be verified."""
+    if not path.exists():
+        return "no such folder"
+    if path.suffix == ".gguf":
+        return "a file; folders are verified, and of a .gguf nothing is written down to compare it with"
+    return f"a file; folders are verified, give the one that holds it: {path.parent}"
+
+
+def way_out(folder: Path) -> str:
+    """Returns what to do about a damaged folder: of a checkpoint, which other one is gone on from."""
+    others = [item for item in folder.parent.glob("step-*") if CHECKPOINT.fullmatch(item.name) and item != folder]
+    if CHECKPOINT.fullmatch(folder.name):
+        for other in sorted(others, key=lambda item: int(item.name.removeprefix("step-")), reverse=True):
+            try:
+                check_folder(other)
+            except ManifestError:
+                continue
+            return f"{other.name} beside it is whole, go on from there with the run's command and --resume auto"
+    return "fetch or write it again"
 
 
 def saved_folders(folder: Path) -> list[Path]:
@@ -56,7 +83,8 @@ def checked(folder: Path) -> str:
         raise ManifestError(f"no {MANIFEST} and no weights in it")
     for path in weights:
         _check_size(path)
-    return f"no {MANIFEST}; its {len(weights)} weight files have their full size, their bytes were not compared"
+    told = f"{len(weights)} weight files have their" if len(weights) > 1 else "weight file has its"
+    return f"no {MANIFEST}; its {told} full size, and no bytes were compared"
 
 
 def _check_size(path: Path) -> None:

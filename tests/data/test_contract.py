@@ -219,6 +219,13 @@ def test_what_cannot_be_known_is_skipped_and_never_passed(byte_tokenizer: Any) -
     } == {SKIP}
 
 
+def test_without_rows_nothing_is_said_of_rows(byte_tokenizer: Any) -> None:
+    found = checks(whole(lambda tokenizer, split: []), byte_tokenizer)
+    assert {promise: check.outcome for promise, check in found.items()} == {
+        **dict.fromkeys(PROMISES, SKIP), contract.RETURNS: FAIL, contract.TOKENIZER: PASS
+    }  # fmt: skip
+
+
 def test_a_map_style_data_set_is_read_by_index(byte_tokenizer: Any) -> None:
     class Indexed:
         def __init__(self, rows: list[Row]) -> None:

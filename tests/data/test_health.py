@@ -137,8 +137,18 @@ def test_what_the_context_length_cuts_is_counted(overlong: str, byte_tokenizer: 
     assert [level for level, text in told if "longer than --context_length 32" in text] == [
         PROBLEM if overlong == "error" else FINDING
     ]
+    if overlong == "error":
+        assert told[0][1].endswith("; raise it, or say with --overlong what becomes of them: truncate, drop or split")
     lost = profile.tokens - sum(fits) - sum(kept)
     assert overlong == "error" or f"leaves out {lost:,} tokens" in told[0][1]
+
+
+def test_the_models_own_positions_cannot_be_raised(byte_tokenizer: Any) -> None:
+    profile = profile_split(
+        "train", encoded(byte_tokenizer, asked("train", 5)), byte_tokenizer, SampleLimits(64, 8, 260)
+    )
+    told = findings([profile], [])[0].text
+    assert "longer than the model's 8 positions; say with --overlong what becomes of them: truncate, drop or" in told
 
 
 def test_overlap_by_each_kind_is_a_finding_of_its_own(byte_tokenizer: Any) -> None:

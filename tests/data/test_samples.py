@@ -246,7 +246,7 @@ def test_no_rows_are_refused(made: Any) -> None:
 
 NOTHING_LEARNED = "no supervised token (all labels behind the first are -100)"
 UNEQUAL = "labels must equal input_ids or be -100 (the shift is the trainer's)"
-ADVICE = "say with --overlong what becomes of them"
+ADVICE = "say with --overlong what becomes of them: truncate, drop or split"
 OUTSIDE = "an id outside the model's vocabulary of 100; is the tokenizer another model's, or was a token added to it?"
 
 

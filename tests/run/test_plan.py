@@ -18,10 +18,11 @@ from llmrecipes.config.schema import PlanConfig
 from llmrecipes.data.loaders import Loader
 from llmrecipes.errors import ConfigError, HardwareError
 from llmrecipes.kernels.decoder import Keep
-from llmrecipes.kernels.layers import decoder_layers
+from llmrecipes.kernels.footprint import Shape
+from llmrecipes.kernels.layers import apply_fused_layers, decoder_layers
 from llmrecipes.models.adapters import attach_trained
 from llmrecipes.run import plan as module
-from llmrecipes.run.speed import eight_bit_compute, fused_shape
+from llmrecipes.run.speed import EXACT, eight_bit_compute, fused_shape
 
 SEVEN_BILLION = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
 LORA = {"use_peft": "true", "lora_config.r": "16", "lora_config.target_modules": "all-linear"}
@@ -45,21 +46,27 @@ MEASURED: dict[str, tuple[dict[str, str], float]] = {
 """Flags of a 7B with rows of 4,096 tokens -> peak GiB on an H200 (benchmarks/gpu.py, 2026-11-25, torch 2.11)."""
 
 
-def planned(flags: dict[str, str], limit: int) -> tuple[int, list[Keep], module.Footprint]:
+def sized(flags: dict[str, str], **shape: int) -> tuple[Any, Shape, Loader, PlanConfig]:
+    """A model without weights, its shape, eight rows of 4,096 tokens, and the config."""
     config = load_config(PlanConfig, {"model_name": "7B", "context_length": "4096", **flags}).config
     precision = module.planned_precision(config)
     with torch.device("meta"):
-        model: Any = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SEVEN_BILLION))
+        model: Any = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SEVEN_BILLION | shape))
         model = model.to(precision.compute if config.use_peft else precision.trained)
         model = attach_trained(model, config, precision)
     assert module.why_not_fused(model, config, precision) == ""
     compute = eight_bit_compute(config, (9, 0), 4096)
-    shape = fused_shape(model, decoder_layers(model)[0], config, precision, compute)
+    made = fused_shape(model, decoder_layers(model)[0], config, precision, compute)
     ids = np.zeros(4096, dtype=np.int32)
     loader = Loader(
         [Sample(ids, ids, row) for row in range(8)], "packing", 4096, config.batch_size_training,
         config.gradient_accumulation_steps, fixed_shapes=True,
     )  # fmt: skip
+    return model, made, loader, config
+
+
+def planned(flags: dict[str, str], limit: int) -> tuple[int, list[Keep], module.Footprint]:
+    model, shape, loader, config = sized(flags)
     return module.fitted(config, model, shape, loader, limit)
 
 
@@ -78,6 +85,45 @@ def test_a_base_in_fp8_takes_a_byte_a_weight_and_four_a_row() -> None:
     assert plain - stored == weights - 4 * rows
 
 
+def test_a_large_model_takes_the_time_of_its_matmuls() -> None:
+    _, shape, loader, config = sized(LORA | {"batch_size_training": "4"})
+    seconds, bound, told = module.training_time(shape, loader, config, module.CARDS["h200"], EXACT)
+    assert bound == "about" and "55% of its 989 TFLOP/s" in told
+    assert seconds == module.operations(shape, loader, config) / (0.55 * 989e12)
+
+
+def test_a_small_model_takes_at_least_the_time_of_its_kernels() -> None:
+    small = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": 30}
+    _, shape, loader, config = sized(LORA | {"batch_size_training": "2"}, **small)
+    for pieces in (1, 2):  # a batch that is cut makes them again for each piece
+        seconds, bound, told = module.training_time(shape, loader.cut(pieces), config, module.CARDS["4090"], EXACT)
+        assert bound == "at least" and "115 a layer and batch, 4 microseconds each" in told
+        assert seconds == pytest.approx(4 * pieces * 30 * 115 * 4e-6)
+
+
+@pytest.mark.parametrize("dropout", ["0", "0.1"], ids=["in one matrix", "by themselves"])
+def test_the_copies_of_lora_are_counted_as_the_layers_make_them(dropout: str, model_folder: Path) -> None:
+    flags = {"use_peft": "true", "lora_config.target_modules": "all-linear", "lora_config.lora_dropout": dropout}
+    config = load_config(PlanConfig, {"model_name": "m", **flags}).config
+    precision = module.planned_precision(config)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(model_folder, dtype=precision.compute)
+    model = attach_trained(model, config, precision)
+    shape = fused_shape(model, decoder_layers(model)[0], config, precision, EXACT)
+    apply_fused_layers(model, precision.compute, EXACT)
+    layers: list[Any] = list(decoder_layers(model))
+    groups = [group for layer in layers for group in layer.decoder.groups]
+    made = sum(group.down.nbytes + group.up.nbytes for group in groups)
+    assert shape.adapter_copies == made
+    assert {group.low_width % 64 for group in groups if group.room} == ({0} if dropout == "0" else set())
+
+
+def test_a_card_may_be_written_in_capitals(plan: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan(card="H200") == 0
+    assert "on one H200" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="--card: 'b200' is not one of 3090, 4090, a100, h100 or h200"):
+        plan(card="B200")
+
+
 def test_a_smaller_card_gets_smaller_batches_and_then_keeps_less() -> None:
     flags = LORA | NESTED | {"batch_size_training": "4"}
     pieces, keeps, found = planned(flags, 24 << 30)
@@ -85,6 +131,12 @@ def test_a_smaller_card_gets_smaller_batches_and_then_keeps_less() -> None:
     pieces, keeps, found = planned(flags, 12 << 30)
     assert pieces == 4 and Keep.ALL not in keeps[-1:] and found.peak < 12 << 30
     assert planned(flags, 3 << 30)[2].peak > 3 << 30
+
+
+def test_the_same_lora_trains_as_many_bytes_whatever_its_base_is_stored_in() -> None:
+    plain, stored = (planned(LORA | kind, 141 * 10**9)[2] for kind in ({}, {"quantization": "fp8"}))
+    assert plain.trained == stored.trained
+    assert plain.copies > stored.copies  # the first are filled up to stand beside the base's weights
 
 
 @pytest.fixture
@@ -106,7 +158,15 @@ def test_it_needs_no_weights_and_tells_what_the_run_takes(
     before = sorted(tmp_path.iterdir())
     assert plan(use_peft="true", card="3090", num_epochs="2", batch_size_training="1") == 0
     told = " ".join(capsys.readouterr().out.split())
-    for part in ("LoRA, r 8", "steps 4", "of 24.0 GiB: frozen", "2 layers keep all", "GeForce RTX 3090", "71 TFLOP/s"):
+    for part in (
+        "LoRA, r 8",
+        "steps 4",
+        "of 24.0 GiB: frozen",
+        "2 layers keep all",
+        "time at least",
+        "on one GeForce RTX 3090",
+        "LoRA's copies",
+    ):
         assert part in told
     assert sorted(tmp_path.iterdir()) == before
 
@@ -139,8 +199,8 @@ def test_a_model_of_another_kind_is_told(plan: Callable[..., int], tmp_path: Pat
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        ({"quantization": "8bit", "use_peft": "true"}, "--quantization 8bit"),
-        ({"use_fast_kernels": "false"}, "--use_fast_kernels false"),
+        ({"quantization": "8bit", "use_peft": "true"}, "--quantization 8bit; plan it with 4bit or fp8"),
+        ({"use_fast_kernels": "false"}, "--use_fast_kernels false; leave it out"),
         ({"use_peft": "true", "lora_config.use_dora": "true"}, "DoRA"),
         ({"freeze_layers": "true"}, "--freeze_layers without --pure_bf16"),
         ({"use_peft": "true", "lora_config.target_modules": "q_proj,lm_head"}, "the head has LoRA"),

@@ -103,3 +103,16 @@ def test_sigterm_to_the_real_command(finetune: Command, model_folder: Path, tmp_
     assert errors == ""
     assert "To go on:" in shown
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), tmp_path / "out")
+
+
+def test_ctrl_c_while_the_process_leaves_is_quiet() -> None:
+    program = (
+        "import atexit, os, signal, time\n"
+        "from llmrecipes.run.stopping import StopRequest\n"
+        "def close():\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(0.01)\n    print('closed')\n"
+        "atexit.register(close)\n"  # as libraries do, to clear up
+        "for _ in range(2):\n    with StopRequest() as stop:\n        stop.begin()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "closed\n", "")

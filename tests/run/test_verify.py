@@ -32,7 +32,7 @@ def test_a_run_and_each_of_its_checkpoints_is_whole(
     ]  # fmt: skip
     assert all(": whole, " in line for line in lines)
     assert verify.main([str(model_folder)]) == 0
-    assert "no manifest.json; its 1 weight files have their full size" in capsys.readouterr().out
+    assert "no manifest.json; its weight file has its full size, and no bytes were compared" in capsys.readouterr().out
 
 
 def test_a_result_is_sealed_file_by_file(run_folder: Path) -> None:
@@ -139,6 +139,46 @@ def test_what_cannot_be_verified_is_told(words: list[str], message: str, capsys:
     assert verify.main(words) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {message}")
+
+
+def test_a_file_is_told_to_be_none_of_the_folders(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "x.gguf").write_text("GGUF")
+    weights = model_folder / "model.safetensors"
+    assert verify.main([str(weights), str(tmp_path / "x.gguf")]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.endswith(f"a file; folders are verified, give the one that holds it: {model_folder}")
+    assert "x.gguf: a file; folders are verified, and of a .gguf nothing" in second
+
+
+def damage(checkpoint: Path) -> None:
+    path = checkpoint / "trainer.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def test_all_folders_are_looked_at_and_every_bad_one_is_told(
+    run_folder: Path, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(run_folder, run)
+    damage(run / "step-000006")
+    assert verify.main(["/nowhere", str(run), str(model_folder)]) == 2
+    told = capsys.readouterr()
+    assert [line.split(":")[0] for line in told.out.splitlines()] == [
+        str(run), str(run / "step-000004"), str(model_folder)
+    ]  # fmt: skip
+    missing, damaged = told.err.splitlines()
+    assert missing == "error: verify /nowhere: no such folder"
+    assert damaged.startswith(f"error: {run / 'step-000006'}: trainer.safetensors has")
+    assert damaged.endswith(
+        "; step-000004 beside it is whole, go on from there with the run's command and --resume auto"
+    )
+    damage(run / "step-000004")
+    assert verify.main([str(run)]) == 2
+    assert [line.rpartition("; ")[2] for line in capsys.readouterr().err.splitlines()] == [
+        "fetch or write it again"
+    ] * 2
 
 
 def test_weights_cut_short_are_found_without_a_manifest(
