@@ -36,7 +36,7 @@ def record(values: Mapping[str, Any], columns: Sequence[str], place: str) -> Rec
     for column in columns:
         if values[column] is None:
             return BadRowError(place, f"column {column!r} is null: fill it in or take the row out")
-    return Row({column: values[column] for column in columns} if columns else values, place)
+    return Row({column: values[column] for column in columns} if columns else values, place, columns)
 
 
 def check_columns(found: Mapping[str, Any] | Sequence[str], columns: Sequence[str], place: str) -> None:
