@@ -39,6 +39,9 @@ from llmrecipes.prompts import SAMPLES_AT_ONCE
 
 Sample = dict[str, list[int]]
 
+OWN_TEMPLATE = "tokenizer"
+"""The template where the user names none."""
+
 log = logging.getLogger("llmrecipes")
 
 
@@ -48,11 +51,37 @@ def get_preprocessed_chat(dataset_config: Any, tokenizer: Any, split: str) -> Ro
     A question at the end of a chat has no answer to learn from, so it is left out, and so is a chat of nothing else.
     """
     template = template_of(dataset_config.template, dataset_config.prompt_format)
-    template.check(tokenizer)
-    sources = sources_of(dataset_config.data_path)
-    rows = [source.rows(dataset_config, _read_split(source, dataset_config, split)) for source in sources]
+    try:
+        template.check(tokenizer)
+    except ConfigError:
+        if dataset_config.template != OWN_TEMPLATE or not _is_readable_text(dataset_config, split):
+            raise
+    sources, rows = _sources(dataset_config, split)
+    if dataset_config.template != OWN_TEMPLATE and _is_text(rows):
+        raise ConfigError(
+            f"--chat_dataset.template {dataset_config.template} would have no effect: {dataset_config.data_path} is "
+            "plain text (a column 'text'), which no template lays out; leave it out, or give chats"
+        )
     chats = Chats(dataset_config, tokenizer, template, split, sources, rows)
     return Rows(chats.samples, dataset_config.data_path, lambda: sum(each.estimate() for each in rows))
+
+
+def _sources(config: Any, split: str) -> tuple[list[Source], list[Rows[Any]]]:
+    """Returns the sources that a split is read from, and the rows of each."""
+    sources = sources_of(config.data_path)
+    return sources, [source.rows(config, _read_split(source, config, split)) for source in sources]
+
+
+def _is_text(rows: Sequence[Rows[Any]]) -> bool:
+    """Returns whether all sources are plain text."""
+    return all(layout_of(each.first).is_text for each in rows)
+
+
+def _is_readable_text(config: Any, split: str) -> bool:
+    try:
+        return _is_text(_sources(config, split)[1])
+    except DataError:
+        return False
 
 
 @dataclass

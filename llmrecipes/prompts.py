@@ -54,6 +54,10 @@ def encode_sample(tokenizer: Any, pieces: Sequence[Piece]) -> Encoded:
 class Lasting:
     """What can be gone through any number of times and is made anew each time, so that nobody need hold all of it."""
 
+    def filled(self) -> "Lasting":
+        """Returns the pairs, blank ones and those that are no text told with their place where it is known."""
+        return self
+
 
 @overload
 def encode_pairs(tokenizer: Any, pairs: Lasting) -> "EncodedSamples":
@@ -66,11 +70,15 @@ def encode_pairs(tokenizer: Any, pairs: Iterable[tuple[str, str]]) -> list[Encod
 
 
 def encode_pairs(tokenizer: Any, pairs: Any) -> "EncodedSamples | list[Encoded]":
-    """Returns the samples of (prompt, answer) texts: the prompt masked, the answer and the end token supervised."""
+    """Returns the samples of (prompt, answer) texts: the prompt masked, the answer and the end token supervised.
+
+    Of rows as `load_split` gives them, a blank prompt or answer is a bad row.
+    """
     end = end_piece(tokenizer)
+    told: Any = pairs.filled() if isinstance(pairs, Lasting) else pairs
 
     def pieces() -> Iterator[list[Piece]]:
-        for prompt, answer in pairs:
+        for prompt, answer in told:
             yield [Piece(prompt), Piece(answer, supervised=True), end]
 
     made = EncodedSamples(tokenizer, pieces, pairs)

@@ -3,6 +3,7 @@
 Order of precedence: default, then `--config FILE`, then flags.
 """
 
+import difflib
 import inspect
 import re
 import types
@@ -22,6 +23,9 @@ from llmrecipes.config.places import outside_plugins
 from llmrecipes.errors import ConfigError, did_you_mean
 
 T = TypeVar("T")
+
+ALIKE = 0.75
+"""How much of a name must be as in a known key for that to be what was meant."""
 
 BARE = "\0bare"
 """What the command line hands over for a flag without a value."""
@@ -158,9 +162,13 @@ def matching_keys(name: str, leaves: Mapping[str, Leaf], dataset: str = "") -> l
 
 
 def near(name: str, leaves: Iterable[str]) -> str:
-    """Returns `; did you mean --x?` for the nearest known key, or an empty text."""
-    names = [*leaves, *(key.split(".")[-1] for key in leaves)]
-    return did_you_mean(name, names, prefix="--") or "; --help lists all keys"
+    """Returns `; did you mean --x?` for the nearest known key, also where another trainer calls it that."""
+    known = {key: key for leaf in leaves for key in (leaf, leaf.split(".")[-1])}
+    elsewhere = {other: ours for other, ours in rules.NAMES_ELSEWHERE.items() if ours.split()[0] in known}
+    spelled = name.replace("-", "_")
+    close = difflib.get_close_matches(spelled, [*known, *elsewhere], n=1, cutoff=ALIKE)
+    guess = {**elsewhere, **known}.get(close[0]) if close else None
+    return f"; did you mean --{guess}?" if guess else "; --help lists all keys"
 
 
 def assign(tree: DictConfig, leaf: Leaf, item: Given) -> str | None:

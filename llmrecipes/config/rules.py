@@ -253,6 +253,19 @@ OLD_NAMES = {
 }
 """Older llama-recipes spellings -> today's names."""
 
+NAMES_ELSEWHERE = {
+    "learning_rate": "lr", "lr_scheduler_type": "lr_scheduler", "optim": "optimizer", "max_steps": "max_train_step",
+    "num_train_epochs": "num_epochs", "epochs": "num_epochs", "per_device_train_batch_size": "batch_size_training",
+    "train_batch_size": "batch_size_training", "batch_size": "batch_size_training",
+    "per_device_eval_batch_size": "val_batch_size", "eval_batch_size": "val_batch_size",
+    "max_grad_norm": "gradient_clipping_threshold", "gradient_checkpointing": "activation_memory recompute",
+    "max_seq_length": "context_length", "max_seq_len": "context_length", "cutoff_len": "context_length",
+    "packing": "batching_strategy packing", "lora_r": "lora_config.r", "lora_rank": "lora_config.r",
+    "load_in_4bit": "quantization 4bit", "load_in_8bit": "quantization 8bit", "model": "model_name",
+    "model_name_or_path": "model_name", "base_model": "model_name",
+}  # fmt: skip
+"""What other trainers call a key -> what it is here."""
+
 ENUM_KEYS = ("sharding_strategy", "checkpoint_type")
 """Keys whose values llama-recipes' own files write with the enum's name in front."""
 

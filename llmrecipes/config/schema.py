@@ -215,7 +215,10 @@ class OutputOptions:
         "never", "ours: go on with a run exactly: auto (from the newest whole checkpoint in output_dir, if one is "
         "there), never, or a checkpoint's folder"
     )  # fmt: skip
-    resume_allow_changes: bool = option(False, "ours: go on though settings or data changed since the checkpoint")
+    resume_allow_changes: bool = option(
+        False, "ours: go on though settings or data changed since the checkpoint, as long as the epoch that it stands "
+        "in has the same steps of the same samples"
+    )  # fmt: skip
     logging_steps: int = option(1, "ours: optimizer steps between records of metrics", at_least=1)
     save_metrics: bool = option(True, "write metrics.jsonl")
     report_to: list[str] = option([], "ours: tensorboard, wandb or FILE.py:FUNCTION, separated by commas")

@@ -37,6 +37,7 @@ SYSTEMS = ("system", "system_prompt")
 QUESTIONS = ("instruction", "prompt", "question", "input")
 INPUTS = ("input", "context")
 ANSWERS = ("output", "completion", "response", "answer")
+TEXT_COLUMNS = ("text",)
 
 UNREAD_COLUMNS = ("history", "tools", "images")
 UNREAD_KEYS = ("tool_calls", "function_call", "reasoning_content", "thinking")
@@ -85,6 +86,11 @@ class Layout:
     columns: tuple[str, ...]
     turns: Callable[[Row], list[Turn]]
 
+    @property
+    def is_text(self) -> bool:
+        """Whether its rows are texts to go on with, which no template lays out."""
+        return self.columns == TEXT_COLUMNS
+
 
 def layout_of(row: Row) -> Layout:
     """Returns the layout that the columns of a file's first row are known by; raises `DataError` for others."""
@@ -97,7 +103,7 @@ def layout_of(row: Row) -> Layout:
         columns = _named(system, question, about, answer)
         return Layout(f"{question} -> {answer}", columns, partial(_answered_turns, question, about, answer, system))
     if "text" in row:
-        return Layout("plain text", ("text",), lambda row: [Turn(TEXT, _text(row, "text"), supervised=True)])
+        return Layout("plain text", TEXT_COLUMNS, lambda row: [Turn(TEXT, _text(row, "text"), supervised=True)])
     raise BadRowError(
         row.place,
         f"no layout is known with the columns {', '.join(map(repr, list(row)[:12])) or 'none'}: expected 'messages', "

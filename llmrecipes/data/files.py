@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from llmrecipes.data.formats import READERS, Record, check_columns, record, row_estimate
+from llmrecipes.data.formats import EMPTY_FILE, READERS, Record, check_columns, record, row_estimate
 from llmrecipes.data.inputs import data_files, note_content, note_place, note_unknown
 from llmrecipes.data.rows import Row, Rows
 from llmrecipes.errors import DataError
@@ -33,7 +33,7 @@ def load_rows(path: Path, columns: Sequence[str] = ()) -> Rows[Row]:
         note_content(path)
         try:
             if path.is_file() and not path.stat().st_size:
-                raise DataError(f"{path}: the file is empty")
+                raise DataError(f"{path}: the file is empty: {EMPTY_FILE}")
             yield from reader(path, columns)
         except FileNotFoundError:
             raise DataError(f"{path}: no such file") from None

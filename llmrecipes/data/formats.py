@@ -23,6 +23,15 @@ Record = Row | DataError
 LONGEST_FIELD = 2**31 - 1
 """Characters of a CSV field: the module's own limit, 131072, is less than a long document."""
 
+EMPTY_FILE = "write rows into it, or give another file"
+"""What to do about a file that holds nothing."""
+
+QUOTES = 'quotes within a cell are doubled ("")'
+"""What to do about a quote that closes a cell too early."""
+
+OTHER_SEPARATORS = {";": "';'", "\t": "tabs", "|": "'|'"}
+"""What parts the columns of files that are called CSV and are not, each in words."""
+
 PARQUET_ROWS = 1024
 """Rows of a parquet file that are turned into Python's own values at once."""
 
@@ -36,7 +45,7 @@ def record(values: Mapping[str, Any], columns: Sequence[str], place: str) -> Rec
     for column in columns:
         if values[column] is None:
             return BadRowError(place, f"column {column!r} is null: fill it in or take the row out")
-    return Row({column: values[column] for column in columns} if columns else values, place)
+    return Row({column: values[column] for column in columns} if columns else values, place, columns)
 
 
 def check_columns(found: Mapping[str, Any] | Sequence[str], columns: Sequence[str], place: str) -> None:
@@ -126,12 +135,11 @@ def _encoding_error(path: Path, line: int, offset: int, byte: int, found: str, e
     return BadRowError(f"{path}:{line}", f"byte {offset} (0x{byte:02x}): {found}: {command}")
 
 
-def _first_character(path: Path) -> str:
-    """Returns the first character of a file that is not blank; raises `DataError` where there is none."""
-    for line in _Lines(path):
-        if line.strip():
-            return line.lstrip()[0]
-    raise DataError(f"{path}: the file is empty")
+def _first_line(path: Path) -> str:
+    """Returns the first line of a file that is not blank, stripped; raises `DataError` where there is none."""
+    for line in filter(str.strip, _Lines(path, end_at_returns=True)):
+        return line.strip()
+    raise DataError(f"{path}: the file is empty: {EMPTY_FILE}")
 
 
 def _line_estimate(path: Path) -> int:
@@ -146,9 +154,11 @@ def _line_estimate(path: Path) -> int:
 
 def _csv_records(path: Path, columns: Sequence[str]) -> Iterator[Record]:
     csv.field_size_limit(LONGEST_FIELD)
-    _first_character(path)
+    first_line = _first_line(path)
     records = _csv_fields(path)
     header = next(records)
+    if not set(columns) <= set(header.fields):
+        _check_separator(first_line, columns, f"{path}:{header.first}")
     if header.fault is not None:
         raise header.fault
     _check_no_duplicates(header.fields, f"{path}:{header.first}")
@@ -164,7 +174,16 @@ def _csv_records(path: Path, columns: Sequence[str]) -> Iterator[Record]:
         else:
             yield record(dict(zip(header.fields, found.fields, strict=True)), columns, f"{path}:{found.first}")
     if empty:
-        raise DataError(f"{path}:{header.first}: a header and no rows")
+        raise DataError(f"{path}:{header.first}: a header and no rows: write rows below it, or give another file")
+
+
+def _check_separator(header: str, columns: Sequence[str], place: str) -> None:
+    """Raises `DataError` where the columns are all there, and parted by another character than a comma."""
+    for separator, name in OTHER_SEPARATORS.items():
+        if set(columns) <= {part.strip(' "') for part in header.split(separator)}:
+            raise DataError(
+                f"{place}: the columns are separated by {name}, commas are expected: save the file with them"
+            )
 
 
 class _Fields(NamedTuple):
@@ -194,9 +213,11 @@ def _csv_fields(path: Path) -> Iterator[_Fields]:
             if "unexpected end of data" in str(error):
                 raise DataError(f"{path}:{first}: a quote is opened in this row and never closed") from None
             if reader.line_num > first:
-                told = f"a quote that is opened in this row goes on to line {reader.line_num}: {error}"
+                told = f"a quote that is opened in this row goes on to line {reader.line_num}: {error}: {QUOTES}"
                 raise DataError(f"{path}:{first}: {told}") from None
-            fault = BadRowError(f"{path}:{first}", str(error))
+            fault = BadRowError(
+                f"{path}:{first}", f"{error}: {QUOTES}" if "expected after" in str(error) else str(error)
+            )
         fault = lines.fault(reader.line_num) or fault
         if fields or fault is not None:
             yield _Fields(first, reader.line_num, fields, fault)
@@ -231,7 +252,7 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 def _json_records(path: Path, columns: Sequence[str]) -> Iterator[Record]:
     """Yields the objects of a list, or one a line."""
     empty = True
-    is_list = _first_character(path) == "[" and path.suffix.lower() == ".json"
+    is_list = _first_line(path)[0] == "[" and path.suffix.lower() == ".json"
     for found in _json_list(path) if is_list else _json_lines(path):
         empty = False
         if isinstance(found, DataError):

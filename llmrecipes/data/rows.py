@@ -38,11 +38,20 @@ Made = TypeVar("Made")
 class Row(dict[str, Any]):
     """One row, by column name; `place` says where it stands (`data.csv:3`), for messages."""
 
-    __slots__ = ("place",)
+    __slots__ = ("asked", "meant", "place")
 
-    def __init__(self, values: Mapping[str, Any], place: str) -> None:
+    def __init__(self, values: Mapping[str, Any], place: str, asked: Sequence[str] = ()) -> None:
         super().__init__(values)
         self.place = place
+        self.asked = asked
+        """the columns that were asked for by name"""
+        self.meant: tuple[str, ...] = ()
+        """those that may be blank, as `text` was told"""
+
+    @property
+    def blanks(self) -> list[str]:
+        """The columns asked for that are blank, though nobody said that they may be."""
+        return [column for column in self.asked if _is_blank(self[column]) and column not in self.meant]
 
 
 class BadRowError(DataError):
@@ -146,6 +155,8 @@ class _Placed(NamedTuple):
 
     made: Any
     place: str
+    row: Row | None = None
+    """what it was made of, where that was a row"""
 
 
 @dataclass(frozen=True)
@@ -159,8 +170,8 @@ class Rows(Lasting, Generic[Item]):
     """how many there are, more or less, for a progress bar; 0: unknown"""
 
     def __iter__(self) -> Iterator[Item]:
-        for made, _ in self._placed():
-            yield made
+        for placed in self._placed():
+            yield placed.made
 
     def _placed(self) -> Iterator[_Placed]:
         """Yields the usable rows, each with its place as far as that is known."""
@@ -186,14 +197,59 @@ class Rows(Lasting, Generic[Item]):
 
         def read() -> Iterator[Any]:
             bad, met = bad_rows(), Met()
-            for item, place in self._placed():
+            for item, place, _ in self._placed():
                 made: Made | None = None
                 with bad.at(place, met):
                     made = make(item)
                 if made is not None:
-                    yield _Placed(made, place)
+                    yield _Placed(made, place, item if isinstance(item, Row) else None)
 
         return Rows(read, self.place, self.estimate)
+
+    def filled(self) -> "Rows[Item]":
+        """Returns the (prompt, answer) pairs; one that is blank or no text is a bad row.
+
+        A blank column within a longer prompt may be meant, so such rows stay: how many there are is said at the end.
+        """
+
+        def read() -> Iterator[Any]:
+            total, blank, first = 0, Counter[str](), dict[str, str]()
+            for placed in self._placed():
+                total += 1
+                fault = _pair_fault(placed)
+                for column in placed.row.blanks if placed.row is not None and not fault else ():
+                    blank[column] += 1
+                    first.setdefault(column, placed.place)
+                yield BadRowError(placed.place, fault) if fault else placed
+            for column, count in blank.items():
+                log.warning(
+                    "%s: column %r is blank in %d of %d rows that are learned (first: %s): fill it in, or read it with "
+                    "llmrecipes.data.rows.text, which refuses blanks or, with blank_allowed=True, says they are meant",
+                    self.place, column, count, total, first[column],
+                )  # fmt: skip
+
+        return Rows(read, self.place, self.estimate)
+
+
+def _pair_fault(placed: _Placed) -> str:
+    """Returns what is wrong with a (prompt, answer) pair, and the column that it stands in, or an empty text."""
+    pair = placed.made
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        return ""
+    for name, value in zip(("prompt", "answer"), pair, strict=True):
+        if isinstance(value, str) and value.strip():
+            continue
+        columns = [column for column, held in (placed.row or {}).items() if held is value]
+        columns = columns or [column for column, held in (placed.row or {}).items() if held == value]
+        told = f"column {columns[0]!r}, the {name}," if len(columns) == 1 else f"the {name}"
+        if isinstance(value, str):
+            return f"{told} is blank: fill it in or take the row out"
+        return f"{told} holds {value!r:.40}, expected text: write it in quotes"
+    return ""
+
+
+def _is_blank(value: object) -> bool:
+    return isinstance(value, str) and not value.strip()
 
 
 def with_text(rows: Rows[Row], column: str, title: str) -> Rows[Row]:
@@ -221,6 +277,8 @@ def text(row: Mapping[str, Any], column: str, *, blank_allowed: bool = False) ->
     """Returns the text of one column; raises `DataError` naming the row where it is blank or no text."""
     value = row[column]
     place = getattr(row, "place", NOWHERE)
+    if blank_allowed and isinstance(row, Row) and column not in row.meant:
+        row.meant += (column,)
     if not isinstance(value, str):
         raise BadRowError(place, f"column {column!r} holds {value!r:.40}, expected text: write it in quotes")
     if not blank_allowed and not value.strip():

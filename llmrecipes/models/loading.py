@@ -4,6 +4,7 @@ import logging
 from typing import Any
 
 import torch
+from huggingface_hub import is_offline_mode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -143,4 +144,9 @@ def why_not(name: str, error: BaseException) -> str:
     """Returns why nothing could be read; of a name that is no path, also that no folder of that name is here."""
     if "custom code" in str(error):
         return "it brings Python code of its own; read that, and allow it with --trust_remote_code"
-    return first_line(error) if is_local(name) else f"no such folder is here, and from the hub: {first_line(error)}"
+    if is_local(name):
+        return first_line(error)
+    if is_offline_mode() or "connect to" in first_line(error):
+        why, way = ("HF_HUB_OFFLINE is set", ", or unset it") if is_offline_mode() else ("no network", "")
+        return f"no such folder is here, nor in the local cache, and the hub is not reached: {why}; give a folder{way}"
+    return f"no such folder is here, and from the hub: {first_line(error)}"

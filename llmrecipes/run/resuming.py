@@ -50,6 +50,9 @@ UNFIT = (
 )  # fmt: skip
 """What reading a checkpoint raises that is not as a run writes it."""
 
+LENGTHS = ("max_train_step", "num_epochs")
+"""The keys that tell where a run ends."""
+
 BESIDE = "set-aside-"
 """How the name begins of what a run that goes on finds and does not know: newer checkpoints, a black box."""
 
@@ -165,6 +168,11 @@ def check_same_run(config: RunConfig, origin: Origin, description: Mapping[str, 
             "the steps that it had, so that --resume_allow_changes does not help: set them back, or begin a new run "
             f"with its weights ({way} {origin.folder})"
         )
+    if changes and not config.resume_allow_changes and _only_longer(origin.trainer["settings"], description, changes):
+        raise ConfigError(
+            f"--resume {origin.folder}: this is another run: {'; '.join(changes)}; it is longer and nothing else "
+            "changed, so it goes on with --resume_allow_changes"
+        )
     if changes and not config.resume_allow_changes:
         raise ConfigError(
             f"--resume {origin.folder}: this is another run: {'; '.join(changes)}; set them back, or go on with them "
@@ -174,6 +182,18 @@ def check_same_run(config: RunConfig, origin: Origin, description: Mapping[str, 
     was, now = origin.trainer["versions"], description["versions"]
     others = [f"{name} {was.get(name)} -> {now.get(name)}" for name in now if was.get(name) != now.get(name)]
     return told + ([f"other versions than at the checkpoint: {', '.join(others)}"] if others else [])
+
+
+def _only_longer(was: Mapping[str, str], description: Mapping[str, Any], changes: list[str]) -> bool:
+    """Returns whether a run differs from its checkpoint in nothing but that it ends later."""
+    now = description["settings"]
+    raised = [key for key in LENGTHS if _steps(now.get(key)) > _steps(was.get(key))]
+    return len(raised) == len(changes) and all(change.startswith(LENGTHS) for change in changes)
+
+
+def _steps(setting: str | None) -> float:
+    """Returns how far a setting lets a run go; 0 sets no bound."""
+    return float(setting or 0) or float("inf")
 
 
 def changed(trainer: Mapping[str, Any], description: Mapping[str, Any]) -> list[str]:

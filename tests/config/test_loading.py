@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmrecipes.config.loading import BARE, load_config
+from llmrecipes.config import rules
+from llmrecipes.config.loading import BARE, leaves_of, load_config, matching_keys
 from llmrecipes.config.schema import EvaluationConfig, InferenceConfig, RunConfig
 from llmrecipes.config.show import config_text, help_text, run_yaml
 from llmrecipes.errors import ConfigError
@@ -62,6 +63,29 @@ def test_every_problem_is_told_at_once() -> None:
     assert "smallest is 1" in told[1]
     assert "true or false" in told[2]
     assert "4bit, 8bit or fp8" in told[3]
+
+
+@pytest.mark.parametrize(
+    ("typed", "guess"),
+    [
+        ("lerning_rate", "did you mean --lr?"),
+        ("learning-rate", "did you mean --lr?"),
+        ("per_device_train_batch_size", "did you mean --batch_size_training?"),
+        ("max_steps", "did you mean --max_train_step?"),
+        ("num_train_epochs", "did you mean --num_epochs?"),
+        ("load_in_4bit", "did you mean --quantization 4bit?"),
+        ("shading_strategy", "did you mean --sharding_strategy?"),
+        ("burning_state", "--help lists all keys"),
+    ],
+)
+def test_a_key_that_is_none_gets_a_guess_only_where_one_is_near(typed: str, guess: str) -> None:
+    assert problems(**{typed: "3"}) == [f"--{typed}: {typed} is not a key of this command; {guess}"]
+
+
+def test_names_of_other_trainers_are_no_keys_and_stand_for_some() -> None:
+    leaves = {leaf.key: leaf for leaf in leaves_of(RunConfig)}
+    assert not [name for name in rules.NAMES_ELSEWHERE if matching_keys(name, leaves)]
+    assert {ours.split()[0] for ours in rules.NAMES_ELSEWHERE.values()} <= leaves.keys()
 
 
 def test_missing_keys_are_named() -> None:

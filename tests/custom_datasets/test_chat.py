@@ -104,10 +104,22 @@ def test_alpaca_gives_alpaca_s_own_ids(byte_tokenizer: Any, tmp_path: Path) -> N
 def test_plain_text_is_continued_pretraining_and_is_called_so(
     byte_tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    samples = preprocessed(byte_tokenizer, save(tmp_path / "a.jsonl", [{"text": "Once </s> upon."}]))
+    path = save(tmp_path / "a.jsonl", [{"text": "Once </s> upon."}])
+    assert not byte_tokenizer.chat_template
+    samples = preprocessed(byte_tokenizer, path, template="tokenizer")
     assert said(byte_tokenizer, samples) == ["Once </s> upon.</s>"]
     assert "every token is supervised, without a template (continued pretraining)" in caplog.text
     assert "stay text: '</s>' in 1" in caplog.text
+
+
+def test_a_template_that_no_row_is_laid_out_with_is_refused(byte_tokenizer: Any, tmp_path: Path) -> None:
+    path = save(tmp_path / "a.jsonl", [{"text": "Once."}])
+    with pytest.raises(ConfigError, match=rf"--chat_dataset.template llama2 would have no effect: {path} is plain"):
+        preprocessed(byte_tokenizer, path, template="llama2")
+    chats = save(tmp_path / "b.jsonl", numbered(2))
+    with pytest.raises(ConfigError, match="brings no chat template"):
+        preprocessed(byte_tokenizer, f"{path},{chats}", template="tokenizer")
+    assert len(preprocessed(byte_tokenizer, f"{path},{chats}", template="llama2")) == 3
 
 
 def test_what_has_no_answer_is_left_out_and_counted(

@@ -155,6 +155,56 @@ def test_rows_with_a_blank_column_are_left_out_and_counted(caplog: pytest.LogCap
     assert "mine, train: left out 1 of 3 rows, their q is blank" in caplog.text
 
 
+def colors(content: str, path: Path, make: Any = None) -> Any:
+    path.write_text(content)
+    rows = load_split(SimpleNamespace(data_path=str(path), train_split="train"), "train", ("thing", "color"))
+    return rows.map(make or (lambda row: (f"What color is {row['thing']}?\n", row["color"])))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("a.csv", "thing,color\nsky,\ngrass,green\n", "2: column 'color', the answer, is blank: fill it in or take"),
+        ("a.csv", 'thing,color\nsky," "\ngrass,green\n', "2: column 'color', the answer, is blank: fill it in or take"),
+        ("a.jsonl", '{"thing": "sky", "color": 1}\n{"thing": "grass", "color": "green"}\n',
+         "1: column 'color', the answer, holds 1, expected text: write it in quotes"),
+        ("a.jsonl", '{"thing": "sky", "color": ["a"]}\n{"thing": "grass", "color": "green"}\n',
+         "1: column 'color', the answer, holds ['a'], expected text"),
+    ],
+)  # fmt: skip
+def test_a_pair_that_is_blank_or_no_text_is_a_bad_row(
+    name: str, content: str, told: str, byte_tokenizer: Any, tmp_path: Path
+) -> None:
+    samples = encode_pairs(byte_tokenizer, colors(content, tmp_path / name))
+    with pytest.raises(DataError) as caught:
+        list(samples)
+    assert str(caught.value).startswith(f"{tmp_path / name}:{told}")
+    with noted_in(BadRows(allowed=1)) as bad:
+        assert len(list(samples)) == len(list(samples)) == 1
+    assert bad.count == 1
+
+
+def test_a_blank_pair_that_no_column_holds_is_told_with_its_place(byte_tokenizer: Any, tmp_path: Path) -> None:
+    pairs = colors("thing,color\nsky,\n", tmp_path / "a.csv", lambda row: (row["color"] + " ", row["thing"]))
+    with pytest.raises(DataError, match=r"a.csv:2: the prompt is blank: fill it in or take the row out$"):
+        list(encode_pairs(byte_tokenizer, pairs))
+
+
+def test_a_blank_column_within_a_prompt_is_said_unless_it_is_meant(
+    byte_tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, content = tmp_path / "a.csv", "thing,color\nsky,blue\n,green\n,red\n"
+    assert len(list(encode_pairs(byte_tokenizer, colors(content, path)))) == 3
+    assert f"{path}: column 'thing' is blank in 2 of 3 rows that are learned (first: {path}:3): fill" in caplog.text
+    caplog.clear()
+
+    def meant(row: Row) -> tuple[str, str]:
+        return f"What color is {text(row, 'thing', blank_allowed=True)}?", row["color"]
+
+    assert len(list(encode_pairs(byte_tokenizer, colors(content, path, meant)))) == 3
+    assert not caplog.text
+
+
 def test_a_column_that_should_be_blank_or_text_and_is_neither_is_a_bad_row() -> None:
     rows = Rows(lambda: iter([Row({"q": 5}, "a.json:1"), Row({"q": "b"}, "a.json:2")]), "a.json")
     with pytest.raises(DataError, match="^a.json:1: column 'q' holds 5, expected text"):

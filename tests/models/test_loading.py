@@ -75,3 +75,19 @@ def test_a_reason_is_one_line() -> None:
     assert first_line(RuntimeError("Errors:\n\n   size mismatch\nmore")) == "RuntimeError: Errors: size mismatch"
     assert first_line(KeyError()) == "KeyError: no message"
     assert len(first_line(ValueError("x" * 1000))) < 220
+
+
+@pytest.mark.parametrize(("offline", "way"), [
+    (True, "the hub is not reached: HF_HUB_OFFLINE is set; give a folder, or unset it)"),
+    (False, "the hub is not reached: no network; give a folder)"),
+])  # fmt: skip
+def test_a_model_that_is_nowhere_is_told_with_what_to_do(
+    offline: bool, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmrecipes.models.loading.is_offline_mode", lambda: offline)
+    for read in (resolve_model, lambda named: load_tokenizer(named, "nosuch/model")):
+        with pytest.raises(ModelError) as caught:
+            read(config(Path("nosuch/model")))
+        told = str(caught.value)
+        assert told.startswith("--model_name nosuch/model: ") and told.endswith(way) and "\n" not in told
+        assert "(no such folder is here, nor in the local cache, and" in told and "OSError" not in told

@@ -308,6 +308,15 @@ OTHER: dict[str, tuple[dict[str, Any], str]] = {
     "fewer data": ({"custom_dataset.train_split": "validation"}, "other training data"),
     "validation": ({"custom_dataset.test_split": "wrong"}, "other validation data"),
 }
+LONGER: dict[str, tuple[dict[str, Any], bool]] = {
+    "num_epochs 3 -> 4": ({"num_epochs": 4}, True),
+    "max_train_step 0 -> 6": ({"max_train_step": 6}, False),
+    "num_epochs 3 -> 2": ({"num_epochs": 2}, False),
+    "max_train_step 0 -> 6; num_epochs 3 -> 4": ({"num_epochs": 4, "max_train_step": 6}, False),
+    "lr 0.01 -> 0.02; num_epochs 3 -> 4": ({"num_epochs": 4, "lr": 0.02}, False),
+}
+"""What is told of a run of other length -> its flags, and whether it is nothing but longer."""
+
 REORDERING = ("seed", "batch", "fewer data")
 """What leaves no place in the epoch to go on from."""
 
@@ -329,6 +338,17 @@ def test_changes_are_listed_and_refused(
         assert guarded(lambda: finetune(tmp_path / "out", **{**DROPOUT, **flags, "resume_allow_changes": True})) == 2
         assert capsys.readouterr().err == f"{line}\n"
     assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("told", LONGER)
+def test_a_run_that_is_nothing_but_longer_is_told_how_it_goes_on(
+    told: str, finetune: Command, stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags, longer = LONGER[told]
+    shutil.copytree(stopped, tmp_path / "out")
+    assert guarded(lambda: finetune(tmp_path / "out", **{**DROPOUT, **flags})) == 2
+    way = "it is longer and nothing else changed, so it goes on" if longer else "set them back, or go on with them"
+    assert capsys.readouterr().err.endswith(f": this is another run: {told}; {way} with --resume_allow_changes\n")
 
 
 def test_changes_are_gone_on_with_where_that_is_said(
