@@ -101,13 +101,19 @@ def options(width: int, quantizer: Quantizer | None, least_warps: int = 1) -> di
     pieces = quantizer.rotation if quantizer else 1
     block = triton.next_power_of_2(width // pieces)
     return {
-        "largest": quantizer.largest if quantizer else 0.0,
-        "integer": quantizer is not None and quantizer.dtype == torch.int8,
+        **rounding(quantizer),
         "pieces": pieces,
         "size": width // pieces,
         "block": block,
         "num_warps": min(16, max(least_warps, pieces * block // 2048)),
     }
+
+
+def rounding(quantizer: Quantizer | None) -> dict[str, Any]:
+    """Returns a kernel's constants for the type that is rounded to; without a quantizer they are never looked at."""
+    if quantizer is None:
+        return {"largest": 0.0, "integer": False}
+    return {"largest": quantizer.largest, "integer": quantizer.dtype == torch.int8}
 
 
 def part_of(width: int) -> int:

@@ -14,6 +14,7 @@ from llmrecipes.kernels.quantize import (
     part_of,
     quantized_plainly,
     room_for,
+    rounding,
     statistics_of,
     store_scaled,
 )
@@ -58,8 +59,7 @@ def rotate_back(
             heads=heads, key_heads=key_heads, half=size // 2,
             padded_heads=triton.next_power_of_2(heads), padded_key_heads=triton.next_power_of_2(key_heads),
             padded_half=triton.next_power_of_2(size // 2), quantizes=quantizer is not None, width=width,
-            part=part_of(width), largest=quantizer.largest if quantizer else 0.0,
-            integer=quantizer is not None and quantizer.dtype == torch.int8, num_warps=8,
+            part=part_of(width), **rounding(quantizer), num_warps=8,
         )  # fmt: skip
         return made if quantizer else None
     turned = [_rotated(each, cosine, -sine) for each in (query, key)]

@@ -18,6 +18,7 @@ from llmrecipes.kernels.quantize import (
     places,
     quantized_plainly,
     room_for,
+    rounding,
     statistics_of,
     store_quantized,
     store_scaled,
@@ -178,7 +179,7 @@ def swiglu_backward(
         _swiglu_backward[(gate_up.shape[0],)](
             gradient, gate_up, out, hidden, *made, gradient.stride(0), gate_up.stride(0), out.stride(0),
             hidden.stride(0), quantizes=quantizer is not None,
-            part=part_of(width), **options(width, quantizer, least_warps=16),
+            part=part_of(width), size=width, **rounding(quantizer), num_warps=16,
         )  # fmt: skip
         return made if quantizer else None
     kind = statistics_of(gate_up)
@@ -216,8 +217,7 @@ def _swiglu(
 @jit
 def _swiglu_backward(
     gradient, gate_up, out, hidden, values, scales, gradient_stride, stride, out_stride, hidden_stride,
-    quantizes: tl.constexpr, part: tl.constexpr,
-    largest: tl.constexpr, integer: tl.constexpr, pieces: tl.constexpr, size: tl.constexpr, block: tl.constexpr,
+    quantizes: tl.constexpr, part: tl.constexpr, size: tl.constexpr, largest: tl.constexpr, integer: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     gradient += row * gradient_stride

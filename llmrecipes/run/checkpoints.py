@@ -8,7 +8,6 @@ manifest.json                               size and SHA-256 of each, written la
 
 import json
 import platform
-import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -22,20 +21,20 @@ from safetensors.torch import save_file
 
 from llmrecipes.errors import ConfigError
 from llmrecipes.reports.format import gib
-from llmrecipes.run.manifest import MANIFEST, ManifestError, check_folder
+from llmrecipes.run.manifest import MANIFEST, ManifestError, check_folder, checkpoints
 from llmrecipes.run.output import (
     ResultWriter,
     about_best,
     free_bytes,
+    is_adapter,
     is_whole,
     remove_folder,
     write_folder,
     write_into,
 )
+from llmrecipes.training.optimizers import tensor_bytes
 from llmrecipes.training.state import Place, Tensors, mutable_state, trained_parameters
 from llmrecipes.training.updater import Updater
-
-CHECKPOINT = re.compile(r"step-(\d{6,})")
 
 TRAINER = "trainer.json"
 TENSORS = "trainer.safetensors"
@@ -150,17 +149,6 @@ class Checkpoints:
 _SAFETENSORS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """Returns the checkpoints in an output folder, newest first; whether they are whole is another question."""
-    found = [item for item in folder.glob("step-*") if CHECKPOINT.fullmatch(item.name) and item.is_dir()]
-    return sorted(found, key=step_of, reverse=True)
-
-
-def step_of(checkpoint: Path) -> int:
-    """Returns the step that a checkpoint was saved behind, by its name."""
-    return int(checkpoint.name.removeprefix("step-"))
-
-
 def _is_best(folder: Path, place: Place) -> bool:
     try:
         return about_best(place).items() <= check_folder(folder).items()
@@ -170,11 +158,10 @@ def _is_best(folder: Path, place: Place) -> bool:
 
 def checkpoint_bytes(model: Any, updater: Updater) -> int:
     """Returns about how many bytes a checkpoint takes: the result, the optimizer's state, and an adapter once more."""
-    trained = sum(item.numel() * item.element_size() for item in updater.parameters)
-    is_adapter = hasattr(model, "peft_config")
-    result = 2 * trained if is_adapter else sum(item.numel() * item.element_size() for item in model.parameters())
+    trained = tensor_bytes(updater.parameters)
+    result = 2 * trained if is_adapter(model) else tensor_bytes(model.parameters())
     made = [value for state in updater.optimizer.state.values() for value in state.values()]
-    state = sum(value.numel() * value.element_size() for value in made if isinstance(value, torch.Tensor))
+    state = tensor_bytes(value for value in made if isinstance(value, torch.Tensor))
     return result + (state or 2 * trained) + (16 << 20)
 
 

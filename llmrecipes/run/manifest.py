@@ -6,11 +6,15 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
+
+CHECKPOINT = re.compile(r"step-(\d{6,})")
+"""Names of the folders that are checkpoints of a run."""
 
 FORMAT = 1
 
@@ -20,6 +24,17 @@ LARGEST_MANIFEST = 16 << 20
 
 class ManifestError(ValueError):
     """A folder is not what its manifest says; the message says how, in a few words."""
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Returns the checkpoints in an output folder, newest first; whether they are whole is another question."""
+    found = [item for item in folder.glob("step-*") if CHECKPOINT.fullmatch(item.name) and item.is_dir()]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Returns the step that a checkpoint was saved behind, by its name."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def seal(folder: Path, about: Mapping[str, Any]) -> None:

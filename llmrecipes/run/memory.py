@@ -23,7 +23,7 @@ from llmrecipes.kernels.layers import FusedLayer
 from llmrecipes.precision import is_out_of_memory
 from llmrecipes.reports.format import gib
 from llmrecipes.run.speed import Fused, replay_batches
-from llmrecipes.training.optimizers import state_bytes
+from llmrecipes.training.optimizers import state_bytes, tensor_bytes
 from llmrecipes.training.updater import Updater
 
 MARGIN = 0.95
@@ -59,7 +59,7 @@ def fit_memory(config: RunConfig, model: Any, loader: Loader, updater: Updater, 
         settle_layers(config, fused, loader.batch(loader.window_rows(0)[0][0]))
         return Fitted(loader, "", None)
     limit = memory_limit(config, updater.precision.device)
-    gradients = sum(parameter.numel() * parameter.element_size() for parameter in updater.parameters)
+    gradients = tensor_bytes(updater.parameters)
     for pieces in divisors(loader.batch_rows):
         cut = loader.cut(pieces)
         batch = largest_batch(cut)

@@ -26,7 +26,7 @@ from llmrecipes.run.finetune import build_loaders, method_text, resolve_plugins,
 from llmrecipes.run.memory import CONTEXT, MARGIN, asked_keeps, divisors, kept_text, largest_tokens
 from llmrecipes.run.preparing import set_seeds
 from llmrecipes.run.speed import EXACT, check_fusible, eight_bit_compute, fused_shape
-from llmrecipes.training.optimizers import state_bytes
+from llmrecipes.training.optimizers import state_bytes, tensor_bytes
 
 
 @dataclass(frozen=True)
@@ -203,8 +203,8 @@ def footprint(
     """Returns the bytes of a step whose largest batch has so many tokens."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in frozen)
-    gradients = sum(parameter.numel() * parameter.element_size() for parameter in trained)
+    weights = tensor_bytes(frozen)
+    gradients = tensor_bytes(trained)
     return Footprint(
         weights=weights - saved_bytes(config, shape),
         trained=gradients,

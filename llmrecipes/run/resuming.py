@@ -22,8 +22,8 @@ from llmrecipes.models.folders import ADAPTER_WEIGHTS, local_path
 from llmrecipes.models.identity import weights_hash
 from llmrecipes.reports.trackers import METRICS_FILE, redacted
 from llmrecipes.run.blackbox import FOLDER as BLACK_BOX
-from llmrecipes.run.checkpoints import CHECKPOINT, TENSORS, TRAINER, WEIGHTS, checkpoints, step_of
-from llmrecipes.run.manifest import ManifestError, check_folder, flush
+from llmrecipes.run.checkpoints import TENSORS, TRAINER, WEIGHTS
+from llmrecipes.run.manifest import CHECKPOINT, ManifestError, check_folder, checkpoints, flush, step_of
 from llmrecipes.run.output import tidy
 from llmrecipes.run.status import read_status
 from llmrecipes.training.state import Place, Tensors, restore_state, trained_parameters, unpacked

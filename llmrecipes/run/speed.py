@@ -28,6 +28,7 @@ from llmrecipes.kernels.layers import (
 )
 from llmrecipes.precision import Precision, out_of_memory_told
 from llmrecipes.training.loss import loss_sum
+from llmrecipes.training.optimizers import tensor_bytes
 from llmrecipes.training.updater import LossSum, Updater
 
 EXACT = "exact"
@@ -170,9 +171,8 @@ def replay_batches(config: RunConfig, fused: Fused, loader: Loader, updater: Upd
         return ""
     if (layers[0].self_attn.config.rope_parameters or {}).get("rope_type") in ASKING:
         return ""
-    gradients = sum(parameter.numel() * parameter.element_size() for parameter in updater.parameters)
     step = peak - torch.cuda.memory_allocated(precision.device)
-    if peak + VALIDATION * step + MOST * gradients + ROOM_BYTES > limit:
+    if peak + VALIDATION * step + MOST * tensor_bytes(updater.parameters) + ROOM_BYTES > limit:
         return ""
 
     def refresh() -> None:

@@ -2,14 +2,11 @@
 
 import json
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from llmrecipes.errors import ModelError
-from llmrecipes.run.manifest import MANIFEST, ManifestError, check_folder
-
-CHECKPOINT = re.compile(r"step-(\d{6,})")
+from llmrecipes.run.manifest import CHECKPOINT, MANIFEST, ManifestError, check_folder, checkpoints
 
 LARGEST_HEADER = 100 << 20
 """Bytes of a safetensors header, as the library itself allows."""
@@ -48,9 +45,8 @@ def no_folder(path: Path) -> str:
 
 def way_out(folder: Path) -> str:
     """Returns what to do about a damaged folder: of a checkpoint, which other one is gone on from."""
-    others = [item for item in folder.parent.glob("step-*") if CHECKPOINT.fullmatch(item.name) and item != folder]
     if CHECKPOINT.fullmatch(folder.name):
-        for other in sorted(others, key=lambda item: int(item.name.removeprefix("step-")), reverse=True):
+        for other in (item for item in checkpoints(folder.parent) if item != folder):
             try:
                 check_folder(other)
             except ManifestError:

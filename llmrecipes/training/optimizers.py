@@ -64,6 +64,11 @@ STATE_BYTES = {"adamw_8bit": 2.0, "paged_adamw_32bit": 0.0, "paged_adamw_8bit": 
 """Bytes of state for each number that trains, on the device that computes; two of the number's own size elsewhere."""
 
 
+def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Returns the bytes of tensors; of parameters also those of a gradient of each."""
+    return sum(each.numel() * each.element_size() for each in tensors)
+
+
 def state_bytes(name: str, parameters: Iterable[torch.nn.Parameter]) -> int:
     """Returns how many bytes an optimizer's state will take beside the parameters."""
     return int(sum(each.numel() * STATE_BYTES.get(name, 2.0 * each.element_size()) for each in parameters))

@@ -40,7 +40,7 @@ KERNELS: dict[str, tuple[Any, tuple[str, ...], dict[str, Any]]] = {
     "swiglu backward": (
         rowwise._swiglu_backward,
         (BF16, BF16, BF16, BF16, I8, F32, "i32", "i32", "i32", "i32"),
-        {"quantizes": True, "part": 4096, **WHOLE},
+        {"quantizes": True, "part": 4096, "size": 11008, "largest": 127.0, "integer": True},
     ),
     "dropout": (rowwise._drop, (BF16, BF16, "i32", "i32", "fp32", "i32"), {"block": 1024}),
     "rotate": (

@@ -32,8 +32,7 @@ from safetensors.torch import load_file
 
 from llmrecipes.command import guarded
 from llmrecipes.errors import ConfigError, TrainingError
-from llmrecipes.run.checkpoints import checkpoints
-from llmrecipes.run.manifest import check_folder
+from llmrecipes.run.manifest import check_folder, checkpoints
 from llmrecipes.run.status import RunLock
 
 Command = Callable[..., int]

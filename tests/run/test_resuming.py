@@ -14,8 +14,7 @@ from llmrecipes.command import guarded
 from llmrecipes.config.loading import leaves_of
 from llmrecipes.config.schema import RunConfig
 from llmrecipes.errors import ConfigError
-from llmrecipes.run.checkpoints import checkpoints
-from llmrecipes.run.manifest import ManifestError, check_folder, seal
+from llmrecipes.run.manifest import ManifestError, check_folder, checkpoints, seal
 from llmrecipes.run.resuming import FREE, read_trainer
 from llmrecipes.training.state import Place
 

@@ -18,8 +18,7 @@ from faults import COMMON, RUNS, assert_equal, at_write, begun, count_writes, di
 
 from llmrecipes import verify
 from llmrecipes.command import guarded
-from llmrecipes.run.checkpoints import checkpoints
-from llmrecipes.run.manifest import check_folder
+from llmrecipes.run.manifest import check_folder, checkpoints
 
 pytestmark = pytest.mark.soak
 
