@@ -118,7 +118,7 @@ def llama(config: RunConfig) -> Any:
     rotary = type(model.model.rotary_emb)(described).to(precision.device)
     for name, module in model.named_modules():
         for kind, parameter in list(module.named_parameters(recurse=False)):
-            made = torch.empty(parameter.shape, dtype=torch.bfloat16, device=precision.device)
+            made = torch.empty(parameter.shape, dtype=precision.compute, device=precision.device)
             made = made.fill_(1) if "norm" in name else made.normal_(std=0.02)
             setattr(module, kind, torch.nn.Parameter(made, requires_grad=False))
         if config.quantization and "layers" in name and isinstance(module, torch.nn.Linear):

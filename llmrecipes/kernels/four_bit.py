@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from llmrecipes.kernels.jit import jit, runs_triton, tl, triton
-from llmrecipes.kernels.quantize import in_8_bits, places, rotated, turned
+from llmrecipes.kernels.quantize import in_8_bits, rotated, turned
 
 BLOCK = 64
 
@@ -70,10 +70,16 @@ class FourBit:
 
 
 def expand(weight: FourBit, out: torch.Tensor) -> torch.Tensor:
-    """Writes the weight into `out`, [rows, width] of a floating type, and returns it: bitsandbytes' own numbers."""
+    """Writes the weight into `out`, contiguous [rows, width] of a floating type, and returns it: bitsandbytes' own
+    numbers."""
     if not runs_triton(out):
         return out.copy_(expanded(weight))
-    _expand(weight, out, out, rotation=1, scaled=False)
+    assert out.is_contiguous()
+    held = max(1, 2048 // weight.block)
+    blocks = triton.cdiv(out.numel(), weight.block)
+    _expand[(triton.cdiv(blocks, held),)](
+        *_parts(weight), out, out.numel(), held=held, **_constants(weight), num_warps=1, enable_fp_fusion=False
+    )
     return out
 
 
@@ -82,34 +88,39 @@ def expand_scaled(weight: FourBit, out: torch.Tensor, scales: torch.Tensor, rota
 
     `out` is in 8 bits; int8 is rounded.
     """
-    if runs_triton(out) and weight.width % (2 * rotation) == 0:
-        _expand(weight, out, scales, rotation, scaled=True)
-        return out
-    return out.copy_(in_8_bits(rotated(expanded(weight), rotation) / scales[:, None], out.dtype))
-
-
-def expand_transposed(weight: FourBit, out: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """Writes the weight transposed and over its scales, one a column of it, into `out`, [width, rows], in 8 bits."""
-    if not runs_triton(out):
-        return out.copy_(in_8_bits(expanded(weight).t() / scales[:, None], out.dtype))
-    height, pairs = 128, 32
-    _expand_columns[(triton.cdiv(weight.rows, height), triton.cdiv(weight.width, 2 * pairs))](
-        *_parts(weight), out, scales, weight.rows, weight.width, out.stride(0),
-        block=weight.block, scale_block=weight.scale_block, nested=weight.scale_table is not None,
-        aligned=2 * pairs == weight.block and weight.width % weight.block == 0, integer=out.dtype == torch.int8,
-        height=height, pairs=pairs, num_warps=4,
+    if not runs_triton(out) or weight.width % (2 * rotation) or not _in_words(out, 2):
+        return out.copy_(in_8_bits(rotated(expanded(weight), rotation) / scales[:, None], out.dtype))
+    half = weight.width // (2 * rotation)
+    pairs = min(2048 // rotation, triton.next_power_of_2(half))
+    _expand_turned[(weight.rows, triton.cdiv(half, pairs))](
+        *_parts(weight), out.view(torch.int16), scales, out.stride(0) // 2, **_constants(weight, out.dtype),
+        pieces=rotation, half=half, pairs=pairs, num_warps=1,
     )  # fmt: skip
     return out
 
 
-def _expand(weight: FourBit, out: torch.Tensor, scales: torch.Tensor, rotation: int, scaled: bool) -> None:
-    pairs = triton.next_power_of_2(weight.width // (2 * rotation))
-    _expand_rows[(weight.rows,)](
-        *_parts(weight), out, scales, out.stride(0),
-        block=weight.block, scale_block=weight.scale_block, nested=weight.scale_table is not None, scaled=scaled,
-        integer=out.dtype == torch.int8, pieces=rotation, size=weight.width // rotation, pairs=pairs,
-        num_warps=min(16, max(1, rotation * pairs // 2048)), enable_fp_fusion=False,
+def expand_transposed(weight: FourBit, out: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Writes the weight transposed and over its scales, one a column of it, into `out`, [width, rows], in 8 bits."""
+    if not runs_triton(out) or not _in_words(out, 4):
+        return out.copy_(in_8_bits(expanded(weight).t() / scales[:, None], out.dtype))
+    fours, pairs = 16, 32
+    _expand_columns[(triton.cdiv(weight.rows, 4 * fours), triton.cdiv(weight.width, 2 * pairs))](
+        *_parts(weight), out.view(torch.int32), scales, weight.rows, weight.width, out.stride(0) // 4,
+        **_constants(weight, out.dtype), aligned=2 * pairs == weight.block and weight.width % weight.block == 0,
+        fours=fours, pairs=pairs, num_warps=1,
     )  # fmt: skip
+    return out
+
+
+def _in_words(out: torch.Tensor, size: int) -> bool:
+    """Returns whether rows of 8 bits can be written in words of so many bytes."""
+    return out.shape[1] % size == 0 and out.stride(0) % size == 0 and out.storage_offset() % size == 0
+
+
+def _constants(weight: FourBit, dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """Returns a kernel's constants for the storage of the weight, and for the 8-bit type that is made of it."""
+    made = {"block": weight.block, "scale_block": weight.scale_block, "nested": weight.scale_table is not None}
+    return made if dtype is None else {**made, "integer": dtype == torch.int8}
 
 
 def _parts(weight: FourBit) -> tuple[torch.Tensor, ...]:
@@ -140,54 +151,92 @@ def _scale_at(
 
 
 @jit
-def _expand_rows(
+def _numbers(table, codes):
+    """What 4-bit codes, [rows, columns], stand for. A kernel of one warp holds the table in its lanes."""
+    flat = tl.reshape(codes, (codes.shape[0] * codes.shape[1],))
+    return tl.reshape(tl.gather(tl.load(table + tl.arange(0, 16)), flat, 0), codes.shape)
+
+
+@jit
+def _bits(numbers, integer: tl.constexpr):
+    """Numbers over their scales as 8 bits, in the lowest of an int32."""
+    if integer:
+        # The unit of a float32 of this size is 1: adding it rounds, and leaves the integer in the lowest bits.
+        bits = (numbers + 12582912.0).to(tl.int32, bitcast=True) & 255
+    else:
+        bits = numbers.to(tl.float8e4nv).to(tl.uint8, bitcast=True).to(tl.int32)
+    return bits
+
+
+@jit
+def _expand(
+    packed, table, scales, scale_table, scale_scales, offset, out, total,
+    block: tl.constexpr, scale_block: tl.constexpr, nested: tl.constexpr, held: tl.constexpr,
+):  # fmt: skip
+    number = tl.program_id(0).to(tl.int64) * held + tl.arange(0, held)[:, None]
+    at = number * (block // 2) + tl.arange(0, block // 2)[None, :]
+    codes = tl.load(packed + at, mask=2 * at < total, other=0).to(tl.int32)
+    scale = _scale_at(scales, scale_table, scale_scales, offset, number, number * block < total, scale_block, nested)
+    numbers = tl.join(_numbers(table, codes >> 4) * scale, _numbers(table, codes & 15) * scale)
+    at = number * block + tl.arange(0, block)[None, :]
+    tl.store(out + at, tl.reshape(numbers, (held, block)).to(out.dtype.element_ty), mask=at < total)
+
+
+@jit
+def _expand_turned(
     packed, table, scales, scale_table, scale_scales, offset, out, out_scales, stride,
-    block: tl.constexpr, scale_block: tl.constexpr, nested: tl.constexpr, scaled: tl.constexpr, integer: tl.constexpr,
-    pieces: tl.constexpr, size: tl.constexpr, pairs: tl.constexpr,
+    block: tl.constexpr, scale_block: tl.constexpr, nested: tl.constexpr, integer: tl.constexpr,
+    pieces: tl.constexpr, half: tl.constexpr, pairs: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
-    at, inside = places(pieces, size // 2, pairs)
-    place = row * (pieces * size // 2) + at
+    within = tl.program_id(1) * pairs + tl.arange(0, pairs)[:, None]
+    piece = tl.arange(0, pieces)[None, :]
+    at = tl.multiple_of(piece * half + within, (1, 1))  # as in `places`
+    inside = (within < half) & (piece >= 0)
+    place = row * (pieces * half) + at
     codes = tl.load(packed + place, mask=inside, other=0).to(tl.int32)
-    scale = _scale_at(scales, scale_table, scale_scales, offset, place // (block // 2), inside, scale_block, nested)
-    first = turned(tl.load(table + (codes >> 4)) * scale, pairs, pieces)
-    second = turned(tl.load(table + (codes & 15)) * scale, pairs, pieces)
-    if scaled:
-        factor = pieces**-0.5 / tl.load(out_scales + row)
-        first *= factor
-        second *= factor
-    if integer:
-        first = tl.floor(first + 0.5)
-        second = tl.floor(second + 0.5)
-    kind = out.dtype.element_ty
-    numbers = tl.reshape(tl.permute(tl.join(first.to(kind), second.to(kind)), (0, 2, 1)), (2 * pairs, pieces))
-    within = tl.arange(0, 2 * pairs)[:, None]
-    at = tl.multiple_of(tl.arange(0, pieces)[None, :] * size + within, (2, 1))
-    tl.store(out + row.to(tl.int64) * stride + at, numbers, mask=(within < size) & (at >= 0))
+    if 2 * half % block == 0 and block % (2 * pairs) == 0:  # what a program has of a piece is of one block
+        number = (row * pieces + piece) * (2 * half // block) + tl.program_id(1) * (2 * pairs) // block
+        there = piece >= 0
+    else:
+        number = place.to(tl.uint32) // (block // 2)
+        there = inside
+    scale = _scale_at(scales, scale_table, scale_scales, offset, number, there, scale_block, nested)
+    factor = pieces**-0.5 / tl.load(out_scales + row)
+    first = turned(_numbers(table, codes >> 4) * scale, pairs, pieces) * factor
+    second = turned(_numbers(table, codes & 15) * scale, pairs, pieces) * factor
+    both = _bits(first, integer) | (_bits(second, integer) << 8)
+    tl.store(out + row.to(tl.int64) * stride + at, both.to(tl.int16), mask=inside)
 
 
 @jit
 def _expand_columns(
     packed, table, scales, scale_table, scale_scales, offset, out, out_scales, rows, width, stride,
-    block: tl.constexpr, scale_block: tl.constexpr, nested: tl.constexpr, aligned: tl.constexpr,
-    integer: tl.constexpr, height: tl.constexpr, pairs: tl.constexpr,
+    block: tl.constexpr, scale_block: tl.constexpr, nested: tl.constexpr, integer: tl.constexpr,
+    aligned: tl.constexpr, fours: tl.constexpr, pairs: tl.constexpr,
 ):  # fmt: skip
-    row = (tl.program_id(0) * height + tl.arange(0, height))[:, None]
+    """Four rows at a time: they are one word of a column."""
+    four = (tl.program_id(0) * fours + tl.arange(0, fours))[:, None]
     pair = (tl.program_id(1) * pairs + tl.arange(0, pairs))[None, :]
-    inside = (row < rows) & (2 * pair < width)
-    place = row * (width // 2) + pair
-    codes = tl.load(packed + place, mask=inside, other=0).to(tl.int32)
-    if aligned:  # a row of the tile is one block
-        number = row * (width // block) + tl.program_id(1)
-        scale = _scale_at(scales, scale_table, scale_scales, offset, number, row < rows, scale_block, nested)
-    else:
-        number = place // (block // 2)
-        scale = _scale_at(scales, scale_table, scale_scales, offset, number, inside, scale_block, nested)
-    column = (tl.program_id(1) * 2 * pairs + tl.arange(0, 2 * pairs))[None, :]
-    numbers = tl.interleave(tl.load(table + (codes >> 4)) * scale, tl.load(table + (codes & 15)) * scale)
-    numbers *= 1 / tl.load(out_scales + column, mask=column < width, other=1.0)
-    if integer:
-        numbers = tl.floor(numbers + 0.5)
-    made = tl.trans(numbers.to(out.dtype.element_ty))
-    column, row = tl.trans(column), tl.trans(row)
-    tl.store(out + column.to(tl.int64) * stride + row, made, mask=(column < width) & (row < rows))
+    inside = (4 * four < rows) & (2 * pair < width)
+    column = tl.program_id(1) * 2 * pairs + tl.arange(0, 2 * pairs)
+    factors = 1 / tl.load(out_scales + column, mask=column < width, other=1.0)
+    first_factor, second_factor = tl.split(tl.reshape(factors, (1, pairs, 2)))
+    first = tl.zeros((fours, pairs), tl.int32)
+    second = tl.zeros((fours, pairs), tl.int32)
+    for place in tl.static_range(4):
+        row = 4 * four + place
+        at = row.to(tl.int64) * (width // 2) + pair
+        codes = tl.load(packed + at, mask=inside, other=0).to(tl.int32)
+        if aligned:  # what a program has of a row is one block
+            number = row * (width // block) + tl.program_id(1)
+            there = row < rows
+        else:
+            number = at // (block // 2)
+            there = inside
+        scale = _scale_at(scales, scale_table, scale_scales, offset, number, there, scale_block, nested)
+        first |= _bits(_numbers(table, codes >> 4) * scale * first_factor, integer) << (8 * place)
+        second |= _bits(_numbers(table, codes & 15) * scale * second_factor, integer) << (8 * place)
+    at = column[:, None].to(tl.int64) * stride + tl.trans(four)
+    made = tl.trans(tl.interleave(first, second))
+    tl.store(out + at, made, mask=(column[:, None] < width) & (4 * tl.trans(four) < rows))

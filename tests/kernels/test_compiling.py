@@ -56,20 +56,16 @@ KERNELS: dict[str, tuple[Any, tuple[str, ...], dict[str, Any]]] = {
             "quantizes": True, "width": 6144, "part": 4096, "largest": 127.0, "integer": True,
         },
     ),
-    "expand": (
-        four_bit._expand_rows,
-        (*PARTS, BF16, BF16, "i32"),
-        {**FOUR_BIT, "scaled": False, "integer": False, "pieces": 1, "size": 11008, "pairs": 8192},
-    ),
+    "expand": (four_bit._expand, (*PARTS, BF16, "i32"), {**FOUR_BIT, "held": 32}),
     "expand in 8 bits": (
-        four_bit._expand_rows,
-        (*PARTS, I8, F32, "i32"),
-        {**FOUR_BIT, "scaled": True, "integer": True, "pieces": 64, "size": 172, "pairs": 128},
+        four_bit._expand_turned,
+        (*PARTS, "*i16", F32, "i32"),
+        {**FOUR_BIT, "integer": True, "pieces": 64, "half": 86, "pairs": 32},
     ),
     "expand transposed": (
         four_bit._expand_columns,
-        (*PARTS, I8, F32, "i32", "i32", "i32"),
-        {**FOUR_BIT, "aligned": True, "integer": True, "height": 128, "pairs": 32},
+        (*PARTS, "*i32", F32, "i32", "i32", "i32"),
+        {**FOUR_BIT, "integer": True, "aligned": True, "fours": 16, "pairs": 32},
     ),
     "expand fp8": (
         float8._expand_rows, (U8, F32, BF16, BF16, "i32"), {"scaled": False, "pieces": 1, "size": 11008, "block": 16384}
@@ -106,6 +102,9 @@ KERNELS: dict[str, tuple[Any, tuple[str, ...], dict[str, Any]]] = {
 WARPS = {
     "quantize": 8,
     "quantize, with factors": 8,
+    "expand": 1,
+    "expand in 8 bits": 1,
+    "expand transposed": 1,
     "expand fp8": 8,
     "expand fp8 to int8": 8,
     "norm": 8,

@@ -10,6 +10,7 @@ from bitsandbytes import functional
 
 from llmrecipes.config.schema import InferenceConfig, QuantizationConfig
 from llmrecipes.errors import HardwareError
+from llmrecipes.models import quantization
 from llmrecipes.models.adapters import count_parameters
 from llmrecipes.models.loading import load_model
 from llmrecipes.models.quantization import is_quantized
@@ -112,13 +113,21 @@ def test_the_types_of_the_scheme_are_those_asked_for(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["nf4", "fp4", "double"])
-def test_a_width_that_bitsandbytes_unpacks_wrongly_on_a_cpu_is_refused(
-    scheme: str, tiny_model: Build, tmp_path: Path
+@pytest.mark.parametrize("right", [True, False])
+def test_a_width_is_refused_on_a_cpu_where_bitsandbytes_unpacks_it_wrongly(
+    right: bool, scheme: str, tiny_model: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny_model(hidden_size=96, intermediate_size=128).save_pretrained(tmp_path)
-    with pytest.raises(HardwareError, match=r"model.layers.0.self_attn.q_proj is 96 wide; use --quantization 8bit"):
+    monkeypatch.setattr(quantization, "unpacks_any_width", lambda: right)
+    if right:
         load(tmp_path, scheme)
+    else:
+        with pytest.raises(HardwareError, match=r"model.layers.0.self_attn.q_proj is 96 wide; use --quantization 8bit"):
+            load(tmp_path, scheme)
+    load(tmp_path, "8bit")
+
+
+def test_whether_a_cpu_unpacks_any_width_is_tried() -> None:
     weight = torch.randn(96, 96)
     off = functional.dequantize_4bit(*functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")) - weight
-    assert off.norm() / weight.norm() > 0.2, "bitsandbytes is right now: the refusal can go"
-    load(tmp_path, "8bit")
+    assert quantization.unpacks_any_width() == bool(off.norm() / weight.norm() < 0.2)

@@ -66,7 +66,7 @@ def test_a_batch_without_two_documents_needs_no_probe(tiny_model: Any, random_sa
 @pytest.fixture
 def eight_bit(tiny_model: Any, tmp_path: Path) -> Any:
     """An LLM.int8() base with large features, in bfloat16."""
-    model = tiny_model(hidden_size=64, num_hidden_layers=6, initializer_range=0.2)
+    model = tiny_model(hidden_size=64, num_hidden_layers=12, initializer_range=0.2)
     for layer in model.model.layers:
         layer.input_layernorm.weight.data[::8] = 4.0
         layer.post_attention_layernorm.weight.data[::8] = 4.0
