@@ -85,7 +85,11 @@ TILE_TOKENS = 64
 """Tokens of a document that attention works on together."""
 
 PREDICTING_MULTIPLE = 256
-"""Rounds up the places of a batch that predict something: each new count costs a GPU's matmuls 6 ms of planning."""
+"""Rounds up the places of a batch that predict something: each new count costs a GPU's matmuls 6 ms of planning, and a
+recorded batch its record."""
+
+PREDICTING_SHARE = 32
+"""Of a large batch it is one in so many tokens that they are rounded up to: what the head and one layer do in vain."""
 
 SHORTEST_BOUND = 128
 """Tokens that `DocumentSpans.longest` is at least: below, a kernel gains nothing from knowing better."""

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from llmrecipes.batch import (
     PREDICTING_MULTIPLE,
+    PREDICTING_SHARE,
     SHORTEST_BOUND,
     Batch,
     Layout,
@@ -226,7 +227,8 @@ def padded_batch(
             labels[row_number, start + 1 : end] = sample.labels[1:]
             documents[row_number, start:end] = document
             start = end
-    predicting, targets = predictions(torch.from_numpy(labels), PREDICTING_MULTIPLE if bounds else 1)
+    multiple = max(PREDICTING_MULTIPLE, labels.size // PREDICTING_SHARE) if bounds else 1
+    predicting, targets = predictions(torch.from_numpy(labels), multiple)
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         labels=torch.from_numpy(labels),

@@ -203,22 +203,22 @@ class Decoder:
         middle = kept.middle[part]
         low_gate_up, low_down = (low and Low(low.rows[part], low.seed) for low in kept.low[2:])
         rows, device = gradient.shape[0], gradient.device
-        given = _into(gradient, self.down.gradient_buffer(rows, device), self.down.size)
-        hidden_gradient, inner = self.down.rows_gradient(Given(given), low_down)
-        assert hidden_gradient is not None
-        hidden = self.down.buffer(rows, device)
-        made = self.gate_up.gradient_buffer(rows, device)
+        given = Given(_into(gradient, self.down.gradient_buffer(rows, device), self.down.size))
+        inner = self.down.low_gradient(given, low_down)
+        hidden_gradient = self.down.rows_gradient(given, low_down, inner)
+        # What is made lies where what it is made of lay, unless there has to be room beside it.
+        hidden = self.down.buffer(rows, device) if self.down.room else hidden_gradient
+        made = self.gate_up.gradient_buffer(rows, device) if self.gate_up.room else kept.gate_up
         quantized = rowwise.swiglu_backward(
             hidden_gradient, kept.gate_up, made, hidden[:, : self.down.width], self.gate_up.gradient_quantizer
         )
-        kept.gate_up = None
+        made_gradient, kept.gate_up = Given(made, quantized), None
         down = self.down.gradients(given, hidden, low_down, inner)
-        del hidden, hidden_gradient, given
-        normed_gradient, inner = self.gate_up.rows_gradient(Given(made, quantized), low_gate_up)
-        assert normed_gradient is not None
+        del hidden, hidden_gradient, given, made
         normed = self.second_norm.of(middle, self.gate_up, multiplies=False).buffer
-        gate_up = self.gate_up.gradients(made, normed, low_gate_up, inner)
-        del made
+        normed_gradient, gate_up = self.gate_up.backward(made_gradient, normed, low_gate_up)
+        assert normed_gradient is not None
+        del normed, made_gradient
         middle_gradient, norm = self.second_norm.backward(normed_gradient, middle, gradient)
         return middle_gradient, norm + gate_up + down
 
@@ -230,10 +230,9 @@ class Decoder:
         low_qkv, low_output = kept.low[:2]
         rows = len(kept.x)
         given = gradient.to(self.output.dtype)
-        attended_gradient, inner = self.output.rows_gradient(Given(given), low_output)
-        assert attended_gradient is not None
         attended = _chosen(kept.attended.flatten(1), shared.needed)
-        output = self.output.gradients(given, attended, low_output, inner)
+        attended_gradient, output = self.output.backward(Given(given), attended, low_output)
+        assert attended_gradient is not None
         attended_gradient = _spread(attended_gradient, shared.needed, rows)
         states_gradients = shared.attention.backward(
             attended_gradient.unflatten(1, (self.heads, self.head_size)),
@@ -246,11 +245,11 @@ class Decoder:
         quantized = rotary.rotate_back(
             states_gradients, shared.cosine, shared.sine, made[:, : self.qkv.size], self.qkv.gradient_quantizer
         )
-        del states_gradients
-        wanted = wants_x or self.first_norm.weight.requires_grad
-        normed_gradient, inner = self.qkv.rows_gradient(Given(made, quantized), low_qkv, wanted)
+        made_gradient = Given(made, quantized)
+        del states_gradients, made
         normed = self.first_norm.of(kept.x, self.qkv, multiplies=False).buffer
-        qkv = self.qkv.gradients(made, normed, low_qkv, inner)
+        wanted = wants_x or self.first_norm.weight.requires_grad
+        normed_gradient, qkv = self.qkv.backward(made_gradient, normed, low_qkv, wanted)
         return normed_gradient, qkv + output
 
     def _hidden(self, gate_up: torch.Tensor) -> Given:

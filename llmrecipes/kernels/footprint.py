@@ -109,7 +109,7 @@ class Shape:
     def passing_bytes(self, tokens: int, keep: Keep) -> int:
         """Bytes that the backward pass of one layer takes at its fullest beyond what is kept, or the head does."""
         rows = tokens if keep == Keep.ALL else min(tokens, MLP_ROWS)
-        mlp = rows * self.hidden * (4 * self.compute + (2 if self.eight_bit else 0))
+        mlp = rows * self.hidden * ((4 if self.in_one else 1) * self.compute + (2 if self.eight_bit else 0))
         mlp += 0 if keep == Keep.ALL else rows * 2 * self.hidden * self.compute
         again = 0 if keep >= Keep.WITHOUT_GATE_UP else tokens * self.kept_bytes(Keep.WITHOUT_GATE_UP)
         stream = 3 * tokens * self.width * self.stream

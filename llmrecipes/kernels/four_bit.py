@@ -70,16 +70,10 @@ class FourBit:
 
 
 def expand(weight: FourBit, out: torch.Tensor) -> torch.Tensor:
-    """Writes the weight into `out`, contiguous [rows, width] of a floating type, and returns it: bitsandbytes' own
-    numbers."""
+    """Writes the weight into `out`, [rows, width] of a floating type, and returns it: bitsandbytes' own numbers."""
     if not runs_triton(out):
         return out.copy_(expanded(weight))
-    assert out.is_contiguous()
-    held = max(1, 2048 // weight.block)
-    blocks = triton.cdiv(out.numel(), weight.block)
-    _expand[(triton.cdiv(blocks, held),)](
-        *_parts(weight), out, out.numel(), held=held, **_constants(weight), num_warps=1, enable_fp_fusion=False
-    )
+    _launch(weight, out, None)
     return out
 
 
@@ -88,15 +82,28 @@ def expand_scaled(weight: FourBit, out: torch.Tensor, scales: torch.Tensor, rota
 
     `out` is in 8 bits; int8 is rounded.
     """
-    if not runs_triton(out) or weight.width % (2 * rotation) or not _in_words(out, 2):
-        return out.copy_(in_8_bits(rotated(expanded(weight), rotation) / scales[:, None], out.dtype))
-    half = weight.width // (2 * rotation)
-    pairs = min(2048 // rotation, triton.next_power_of_2(half))
-    _expand_turned[(weight.rows, triton.cdiv(half, pairs))](
-        *_parts(weight), out.view(torch.int16), scales, out.stride(0) // 2, **_constants(weight, out.dtype),
-        pieces=rotation, half=half, pairs=pairs, num_warps=1,
-    )  # fmt: skip
+    if runs_triton(out) and rotation == 1:
+        _launch(weight, out, scales)
+    elif runs_triton(out) and weight.width % (2 * rotation) == 0 and _in_words(out, 2):
+        half = weight.width // (2 * rotation)
+        pairs = min(2048 // rotation, weight.block // 2, triton.next_power_of_2(half))
+        _expand_turned[(weight.rows, triton.cdiv(half, pairs))](
+            *_parts(weight), out.view(torch.int16), scales, weight.rows, out.stride(0) // 2, **_constants(weight),
+            pieces=rotation, half=half, pairs=pairs, num_warps=1,
+        )  # fmt: skip
+    else:
+        out.copy_(in_8_bits(rotated(expanded(weight), rotation) / scales[:, None], out.dtype))
     return out
+
+
+def _launch(weight: FourBit, out: torch.Tensor, scales: torch.Tensor | None) -> None:
+    held = max(1, 2048 // weight.block)
+    blocks = triton.cdiv(weight.rows * weight.width, weight.block)
+    _expand[(triton.cdiv(blocks, held),)](
+        *_parts(weight), out, out if scales is None else scales, weight.rows * weight.width, out.stride(0),
+        **_constants(weight), width=weight.width, scaled=scales is not None, integer=out.dtype == torch.int8,
+        held=held, num_warps=1, enable_fp_fusion=False,
+    )  # fmt: skip
 
 
 def expand_transposed(weight: FourBit, out: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
@@ -106,8 +113,8 @@ def expand_transposed(weight: FourBit, out: torch.Tensor, scales: torch.Tensor) 
     fours, pairs = 16, 32
     _expand_columns[(triton.cdiv(weight.rows, 4 * fours), triton.cdiv(weight.width, 2 * pairs))](
         *_parts(weight), out.view(torch.int32), scales, weight.rows, weight.width, out.stride(0) // 4,
-        **_constants(weight, out.dtype), aligned=2 * pairs == weight.block and weight.width % weight.block == 0,
-        fours=fours, pairs=pairs, num_warps=1,
+        **_constants(weight), integer=out.dtype == torch.int8, fours=fours, pairs=pairs,
+        aligned=2 * pairs == weight.block and weight.width % weight.block == 0, num_warps=1,
     )  # fmt: skip
     return out
 
@@ -117,10 +124,9 @@ def _in_words(out: torch.Tensor, size: int) -> bool:
     return out.shape[1] % size == 0 and out.stride(0) % size == 0 and out.storage_offset() % size == 0
 
 
-def _constants(weight: FourBit, dtype: torch.dtype | None = None) -> dict[str, Any]:
-    """Returns a kernel's constants for the storage of the weight, and for the 8-bit type that is made of it."""
-    made = {"block": weight.block, "scale_block": weight.scale_block, "nested": weight.scale_table is not None}
-    return made if dtype is None else {**made, "integer": dtype == torch.int8}
+def _constants(weight: FourBit) -> dict[str, Any]:
+    """Returns a kernel's constants for how the weight is stored."""
+    return {"block": weight.block, "scale_block": weight.scale_block, "nested": weight.scale_table is not None}
 
 
 def _parts(weight: FourBit) -> tuple[torch.Tensor, ...]:
@@ -170,43 +176,54 @@ def _bits(numbers, integer: tl.constexpr):
 
 @jit
 def _expand(
-    packed, table, scales, scale_table, scale_scales, offset, out, total,
-    block: tl.constexpr, scale_block: tl.constexpr, nested: tl.constexpr, held: tl.constexpr,
+    packed, table, scales, scale_table, scale_scales, offset, out, out_scales, total, stride,
+    block: tl.constexpr, scale_block: tl.constexpr, nested: tl.constexpr,
+    width: tl.constexpr, scaled: tl.constexpr, integer: tl.constexpr, held: tl.constexpr,
 ):  # fmt: skip
     number = tl.program_id(0).to(tl.int64) * held + tl.arange(0, held)[:, None]
     at = number * (block // 2) + tl.arange(0, block // 2)[None, :]
     codes = tl.load(packed + at, mask=2 * at < total, other=0).to(tl.int32)
     scale = _scale_at(scales, scale_table, scale_scales, offset, number, number * block < total, scale_block, nested)
     numbers = tl.join(_numbers(table, codes >> 4) * scale, _numbers(table, codes & 15) * scale)
+    numbers = tl.reshape(numbers, (held, block))
     at = number * block + tl.arange(0, block)[None, :]
-    tl.store(out + at, tl.reshape(numbers, (held, block)).to(out.dtype.element_ty), mask=at < total)
+    inside = at < total
+    row = number // (width // block) if width % block == 0 else at // width
+    if scaled:
+        numbers *= 1 / tl.load(out_scales + row, mask=row * width < total, other=1.0)
+    if integer:
+        numbers = tl.floor(numbers + 0.5)
+    tl.store(out + row * stride + (at - row * width), numbers.to(out.dtype.element_ty), mask=inside)
 
 
 @jit
 def _expand_turned(
-    packed, table, scales, scale_table, scale_scales, offset, out, out_scales, stride,
-    block: tl.constexpr, scale_block: tl.constexpr, nested: tl.constexpr, integer: tl.constexpr,
+    packed, table, scales, scale_table, scale_scales, offset, out, out_scales, rows, stride,
+    block: tl.constexpr, scale_block: tl.constexpr, nested: tl.constexpr,
     pieces: tl.constexpr, half: tl.constexpr, pairs: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0)
-    within = tl.program_id(1) * pairs + tl.arange(0, pairs)[:, None]
+    row = tl.program_id(0).to(tl.int64)
+    within = tl.arange(0, pairs)[:, None]
     piece = tl.arange(0, pieces)[None, :]
-    at = tl.multiple_of(piece * half + within, (1, 1))  # as in `places`
-    inside = (within < half) & (piece >= 0)
-    place = row * (pieces * half) + at
-    codes = tl.load(packed + place, mask=inside, other=0).to(tl.int32)
-    if 2 * half % block == 0 and block % (2 * pairs) == 0:  # what a program has of a piece is of one block
-        number = (row * pieces + piece) * (2 * half // block) + tl.program_id(1) * (2 * pairs) // block
-        there = piece >= 0
-    else:
-        number = place.to(tl.uint32) // (block // 2)
-        there = inside
-    scale = _scale_at(scales, scale_table, scale_scales, offset, number, there, scale_block, nested)
+    first_pair = tl.program_id(1) * pairs
+    at = tl.multiple_of(piece * half + first_pair + within, (1, 1))  # as in `places`
+    inside = (within >= 0) & (piece >= 0)
+    if half % pairs > 0:
+        inside &= first_pair + within < half
+    codes = tl.load(packed + row * (pieces * half) + at, mask=inside, other=0).to(tl.int32)
+    # What a program has of a piece is of one block, or of two that follow each other.
+    start = row * (pieces * half) + piece * half + first_pair
+    number = start // (block // 2)
+    scale = _scale_at(scales, scale_table, scale_scales, offset, number, piece >= 0, scale_block, nested)
+    if half % (block // 2) > 0 or block // 2 % pairs > 0:
+        there = (number + 1) * block < rows * (2 * pieces * half)
+        after = _scale_at(scales, scale_table, scale_scales, offset, number + 1, there, scale_block, nested)
+        scale = tl.where(start % (block // 2) + within < block // 2, scale, after)
     factor = pieces**-0.5 / tl.load(out_scales + row)
     first = turned(_numbers(table, codes >> 4) * scale, pairs, pieces) * factor
     second = turned(_numbers(table, codes & 15) * scale, pairs, pieces) * factor
-    both = _bits(first, integer) | (_bits(second, integer) << 8)
-    tl.store(out + row.to(tl.int64) * stride + at, both.to(tl.int16), mask=inside)
+    both = _bits(first, True) | (_bits(second, True) << 8)
+    tl.store(out + row * stride + at, both.to(tl.int16), mask=inside)
 
 
 @jit
@@ -218,7 +235,7 @@ def _expand_columns(
     """Four rows at a time: they are one word of a column."""
     four = (tl.program_id(0) * fours + tl.arange(0, fours))[:, None]
     pair = (tl.program_id(1) * pairs + tl.arange(0, pairs))[None, :]
-    inside = (4 * four < rows) & (2 * pair < width)
+    inside = (four < rows // 4) & (pair < width // 2)
     column = tl.program_id(1) * 2 * pairs + tl.arange(0, 2 * pairs)
     factors = 1 / tl.load(out_scales + column, mask=column < width, other=1.0)
     first_factor, second_factor = tl.split(tl.reshape(factors, (1, pairs, 2)))
@@ -230,7 +247,7 @@ def _expand_columns(
         codes = tl.load(packed + at, mask=inside, other=0).to(tl.int32)
         if aligned:  # what a program has of a row is one block
             number = row * (width // block) + tl.program_id(1)
-            there = row < rows
+            there = four < rows // 4
         else:
             number = at // (block // 2)
             there = inside
@@ -239,4 +256,4 @@ def _expand_columns(
         second |= _bits(_numbers(table, codes & 15) * scale * second_factor, integer) << (8 * place)
     at = column[:, None].to(tl.int64) * stride + tl.trans(four)
     made = tl.trans(tl.interleave(first, second))
-    tl.store(out + at, made, mask=(column[:, None] < width) & (4 * tl.trans(four) < rows))
+    tl.store(out + at, made, mask=(column[:, None] < width) & (tl.trans(four) < rows // 4))

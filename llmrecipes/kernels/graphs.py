@@ -87,6 +87,7 @@ class Replayed:
 
     def _record(self, model: Any, batch: Batch, precision: Precision) -> "Record":
         self._pool = self._pool or torch.cuda.graph_pool_handle()
+        torch.cuda.empty_cache()  # of what batches that are computed left: a record has memory of its own
         return Record(lambda given: self._computed(model, given, precision), batch, self._pool)
 
     def _computed(self, model: Any, batch: Batch, precision: Precision) -> Result:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -12,49 +14,67 @@ class HostMemory:
 
     Copies have a stream of their own. The host hands out work far ahead of the GPU, so memory is not left to the
     allocator's marks: a tensor that is being copied is held until the next one is, and the GPU waits for it then.
+    Places in the host's memory are used again, so that a recorded computation finds them where they were.
     """
 
     def __init__(self) -> None:
-        self.lane: torch.cuda.Stream | None = None
+        self._lane: torch.cuda.Stream | None = None
         """of the copies"""
         self._last: weakref.ref[Stored] | None = None
         self._leaving: torch.Tensor | None = None
+        self._idle: list[torch.Tensor] = []
+        self._copies = False
+        """whether copies are under way"""
 
     def store(self, x: torch.Tensor) -> Stored:
         """Returns what brings `x` back."""
-        if self.lane is None:
-            self.lane = torch.cuda.Stream(x.device)
         self.wait(x.device)
         self._leaving = x
-        stored = Stored(x, self, self.lane, self._last)
+        stored = Stored(x, self, self._last)
         self._last = weakref.ref(stored)
         return stored
 
+    @contextmanager
+    def copying(self, device: torch.device) -> Iterator[None]:
+        """Copies behind all that the GPU has been given so far, on a stream of their own."""
+        self._lane = self._lane or torch.cuda.Stream(device)
+        self._lane.wait_stream(torch.cuda.current_stream(device))
+        self._copies = True
+        with torch.cuda.stream(self._lane):
+            yield
+
     def wait(self, device: torch.device) -> None:
         """Has the GPU wait for the copies that are under way; what left may then be written over."""
-        if self.lane is not None:
-            torch.cuda.current_stream(device).wait_stream(self.lane)
-        self._leaving = None
+        if self._copies and self._lane is not None:
+            torch.cuda.current_stream(device).wait_stream(self._lane)
+        self._leaving, self._copies = None, False
+
+    def place_for(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns a tensor like `x` in pinned memory, one that was used before where there is one."""
+        for number, place in enumerate(self._idle):
+            if place.shape == x.shape and place.dtype == x.dtype:
+                return self._idle.pop(number)
+        return torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+
+    def give_back(self, place: torch.Tensor) -> None:
+        """Takes back a place; what is copied there from now on follows what was copied from there."""
+        self._idle.append(place)
 
 
 class Stored:
     """One tensor in pinned memory."""
 
-    def __init__(
-        self, x: torch.Tensor, memory: HostMemory, lane: torch.cuda.Stream, before: weakref.ref[Stored] | None
-    ) -> None:
-        self._memory, self._lane, self._device, self._before = memory, lane, x.device, before
+    def __init__(self, x: torch.Tensor, memory: HostMemory, before: weakref.ref[Stored] | None) -> None:
+        self._memory, self._device, self._before = memory, x.device, before
         self._back: torch.Tensor | None = None
-        self._host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
-        lane.wait_stream(torch.cuda.current_stream(x.device))
-        with torch.cuda.stream(lane):
+        self._host = memory.place_for(x)
+        with memory.copying(x.device):
             self._host.copy_(x, non_blocking=True)
 
     def fetch(self) -> None:
         """Begins to bring it back, into memory that belongs to the stream that computes."""
         self._back = torch.empty(self._host.shape, dtype=self._host.dtype, device=self._device)
-        self._lane.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._lane):
+        with self._memory.copying(self._device):
             self._back.copy_(self._host, non_blocking=True)
 
     def take(self) -> torch.Tensor:
@@ -63,6 +83,7 @@ class Stored:
             self.fetch()
         assert self._back is not None
         self._memory.wait(self._device)
+        self._memory.give_back(self._host)
         before = self._before() if self._before else None
         if before is not None:
             before.fetch()

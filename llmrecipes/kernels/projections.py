@@ -16,7 +16,7 @@ import torch
 from llmrecipes.kernels.eight_bit import EightBit
 from llmrecipes.kernels.quantize import Quantized, Quantizer
 from llmrecipes.kernels.rowwise import dropped
-from llmrecipes.kernels.storage import FrozenStorage, Storage
+from llmrecipes.kernels.storage import FrozenStorage, Storage, weight_gradient
 
 ALIGNED, ALIGNED_ROOM = 16, 64
 """Columns of LoRA are filled up to a multiple of this many: what matrix units take, and where they stand behind other
@@ -55,7 +55,7 @@ def joined(lows: Sequence[Low | None]) -> Low | None:
     return Low(torch.cat([low.rows for low in lows if low is not None]), first.seed)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Given:
     """Rows that a group multiplies, or the gradient of its outputs."""
 
@@ -63,6 +63,11 @@ class Given:
     """one of the group's own"""
     quantized: Quantized | None = None
     """the same in 8 bits, where it was made along the way"""
+
+    def release(self) -> None:
+        """Lets go of what is no longer needed where the same is there in 8 bits."""
+        if self.quantized is not None:
+            self.buffer = self.buffer.new_empty(0, 0)
 
 
 class Projections:
@@ -172,14 +177,25 @@ class Projections:
             found[:, columns] = kept @ self.down[columns].t()
         return Low(found, seed)
 
-    def rows_gradient(
-        self, gradient: Given, low: Low | None, wanted: bool = True
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Returns the gradient of the rows, [rows, width], where it is wanted, and what `gradients` needs."""
+    def backward(
+        self, gradient: Given, rows: torch.Tensor, low: Low | None, wanted: bool = True
+    ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+        """Returns the gradient of the rows, [rows, width], where it is wanted, and those of `trained`.
+
+        `rows` are in a buffer. Lets go of the gradient of the outputs.
+        """
+        inner = self.low_gradient(gradient, low)
+        found = self.gradients(gradient, rows, low, inner)
+        gradient.release()
+        return self.rows_gradient(gradient, low, inner) if wanted else None, found
+
+    def low_gradient(self, gradient: Given, low: Low | None) -> torch.Tensor | None:
+        """Returns the gradient of LoRA's low columns, [rows, ranks], or None without LoRA."""
+        return None if low is None else gradient.buffer[:, : self.size] @ self.up
+
+    def rows_gradient(self, gradient: Given, low: Low | None, inner: torch.Tensor | None) -> torch.Tensor:
+        """Returns the gradient of the rows, [rows, width]; `inner` is that of the low columns."""
         given = gradient.buffer[:, : self.size]
-        inner = None if low is None else given @ self.up
-        if not wanted:
-            return None, inner
         beside = low is not None and low.seed is not None
         if self.eight_bit:
             added = None if inner is None or beside else (inner, self.down.t())
@@ -195,24 +211,25 @@ class Projections:
             for place, columns in enumerate(self._columns()):
                 dropout = self.adapters[place].dropout
                 made += dropped(inner[:, columns] @ self.down[columns], dropout, low.seed + place)
-        return made, inner
+        return made
 
     def gradients(
-        self, gradient: torch.Tensor, rows: torch.Tensor, low: Low | None, inner: torch.Tensor | None
+        self, gradient: Given, rows: torch.Tensor, low: Low | None, inner: torch.Tensor | None
     ) -> list[torch.Tensor]:
-        """Returns the gradients of `trained`, from buffers of the outputs' gradient and of the rows."""
-        given, rows = gradient[:, : self.size], rows[:, : self.width]
+        """Returns the gradients of `trained`; `rows` are in a buffer."""
+        given, rows = gradient.buffer[:, : self.size], rows[:, : self.width]
         found = self.storage.gradients(given, rows)
         if low is None or inner is None:
             return found
-        downs = inner.t() @ rows if low.seed is None else None
+        downs = None if low.seed is not None else weight_gradient(inner, rows, self.adapters[0].down.dtype)
         for place, (adapter, columns) in enumerate(zip(self.adapters, self._columns(), strict=True)):
             if downs is None:
-                down = inner[:, columns].t() @ dropped(rows, adapter.dropout, (low.seed or 0) + place)
+                kept = dropped(rows, adapter.dropout, (low.seed or 0) + place)
+                down = weight_gradient(inner[:, columns], kept, adapter.down.dtype)
             else:
                 down = downs[columns]
-            up = (given[:, adapter.columns].t() @ low.rows[:, columns]).to(adapter.up.dtype).mul_(adapter.scale)
-            found += [down.to(adapter.down.dtype), up]
+            up = weight_gradient(given[:, adapter.columns], low.rows[:, columns], adapter.up.dtype)
+            found += [down, up.mul_(adapter.scale)]
         return found
 
 

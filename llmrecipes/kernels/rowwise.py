@@ -170,8 +170,8 @@ def swiglu_backward(
 ) -> Quantized | None:
     """Writes the gradient of `gate_up` into `out`, and silu(gate) * up once more into `hidden`.
 
-    `gradient` and `hidden` are [rows, width], `out` is [rows, 2 * width]. Returns `out` in 8 bits as well, where a
-    quantizer, which does not turn, is given.
+    `gradient` and `hidden` are [rows, width], `out` is [rows, 2 * width]; `out` may be `gate_up` and `hidden` may be
+    `gradient`. Returns `out` in 8 bits as well, where a quantizer, which does not turn, is given.
     """
     width = gate_up.shape[1] // 2
     if runs_triton(gate_up):
@@ -186,9 +186,9 @@ def swiglu_backward(
     gate, up = gate_up[:, :width].to(kind), gate_up[:, width:].to(kind)
     sigmoid = torch.sigmoid(gate)
     silu = gate * sigmoid
+    gate_gradient, up_gradient = gradient * up * sigmoid * (1 + gate * (1 - sigmoid)), gradient * silu
     hidden.copy_(silu * up)
-    out[:, :width] = gradient * up * sigmoid * (1 + gate * (1 - sigmoid))
-    out[:, width : 2 * width] = gradient * silu
+    out[:, :width], out[:, width : 2 * width] = gate_gradient, up_gradient
     return quantized_plainly(out[:, : 2 * width], quantizer) if quantizer else None
 
 

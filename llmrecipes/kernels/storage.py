@@ -124,6 +124,13 @@ class Float8Storage(Storage):
         return torch.empty(rows, columns, dtype=dtype, device=self.weights.codes.device)
 
 
+def weight_gradient(gradient: torch.Tensor, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Returns the gradient of a weight, [size, width] in `dtype`, from those of its outputs and its rows."""
+    if gradient.is_cuda and dtype == torch.float32 != gradient.dtype:
+        return torch.mm(gradient.t(), rows, out_dtype=dtype)  # not rounded in between
+    return (gradient.t() @ rows).to(dtype)
+
+
 class TrainedStorage(Storage):
     """Weights that train, perhaps kept in a wider type than they multiply in."""
 
@@ -146,7 +153,7 @@ class TrainedStorage(Storage):
     def gradients(self, gradient: torch.Tensor, rows: torch.Tensor) -> list[torch.Tensor]:
         """One matmul a layer: each gradient is the whole of its own memory, and may become `.grad` as it is."""
         found = [
-            (part.t() @ rows).to(weight.dtype)
+            weight_gradient(part, rows, weight.dtype)
             for part, weight in zip(gradient.split(self.sizes, dim=1), self.weights, strict=True)
         ]
         biases = [part.sum(0) for part in gradient.float().split(self.sizes, dim=1)] if self.biases else []

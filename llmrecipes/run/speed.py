@@ -13,7 +13,6 @@ from llmrecipes.data.loaders import Loader
 from llmrecipes.errors import ConfigError, HardwareError
 from llmrecipes.kernels.attention import apply_document_attention
 from llmrecipes.kernels.calibration import BOUND, calibrate
-from llmrecipes.kernels.decoder import Keep
 from llmrecipes.kernels.footprint import Shape
 from llmrecipes.kernels.graphs import MOST, Replayed
 from llmrecipes.kernels.head import fused_loss_sum
@@ -158,16 +157,16 @@ ASKING = ("dynamic", "longrope")
 def replay_batches(config: RunConfig, fused: Fused, loader: Loader, updater: Updater, peak: int, limit: int) -> str:
     """Has batches recorded as CUDA graphs, and played from then on, where that is right; returns a text.
 
-    Shapes must repeat, and nothing may be drawn at random or copied to the host within. Records hold what a step does,
-    `peak` bytes with the model, a gradient each, and `limit` must hold a validation beside them. A batch of another
-    shape is computed beside them as well: where that does not fit, they are given up.
+    Shapes must repeat, and nothing may be drawn at random within. Records hold what a step does, `peak` bytes with the
+    model, a gradient each, and `limit` must hold a validation beside them. A batch of another shape is computed beside
+    them as well: where that does not fit, they are given up.
     """
     precision = updater.precision
     layers: list[Any] = list(fused.layers)
     repeats = loader.fixed_shapes and precision.device.type == "cuda" and config.use_peft
     if not (layers and repeats) or precision.loss_scaling:
         return ""
-    if any(layer.decoder.drops or layer.keep == Keep.OFFLOADED for layer in layers):
+    if any(layer.decoder.drops for layer in layers):
         return ""
     if (layers[0].self_attn.config.rope_parameters or {}).get("rope_type") in ASKING:
         return ""

@@ -56,11 +56,14 @@ KERNELS: dict[str, tuple[Any, tuple[str, ...], dict[str, Any]]] = {
             "quantizes": True, "width": 6144, "part": 4096, "largest": 127.0, "integer": True,
         },
     ),
-    "expand": (four_bit._expand, (*PARTS, BF16, "i32"), {**FOUR_BIT, "held": 32}),
+    "expand": (
+        four_bit._expand, (*PARTS, BF16, F32, "i32", "i32"),
+        {**FOUR_BIT, "width": 11008, "scaled": False, "integer": False, "held": 32},
+    ),
     "expand in 8 bits": (
         four_bit._expand_turned,
-        (*PARTS, "*i16", F32, "i32"),
-        {**FOUR_BIT, "integer": True, "pieces": 64, "half": 86, "pairs": 32},
+        (*PARTS, "*i16", F32, "i32", "i32"),
+        {**FOUR_BIT, "pieces": 64, "half": 86, "pairs": 32},
     ),
     "expand transposed": (
         four_bit._expand_columns,

@@ -12,7 +12,7 @@ from tests.kernels.conftest import poisoned
 
 Run = Callable[..., Any]
 
-SHAPES = ((96, 128), (33, 576), (7, 64))
+SHAPES = ((96, 128), (33, 576), (7, 64), (32, 96))
 KINDS = [("nf4", False), ("nf4", True), ("fp4", False), ("fp4", True)]
 
 
@@ -41,14 +41,14 @@ def test_16_bits_are_bitsandbytes_own(
     assert torch.equal(expanded(four_bit).to(expected.dtype), expected)
     # The interpreter cuts bfloat16 off where a GPU rounds; float32 it has exactly.
     dtype = expected.dtype if device.type == "cuda" else torch.float32
-    out = poisoned(rows + 1, width, dtype=dtype, device=device)
-    kernel(expand, four_bit, out[:rows])
-    assert torch.equal(out[:rows], expanded(four_bit).to(dtype)) and out[rows:].isnan().all()
+    out = poisoned(rows, width + 16, dtype=dtype, device=device)
+    kernel(expand, four_bit, out[:, :width])
+    assert torch.equal(out[:, :width], expanded(four_bit).to(dtype)) and out[:, width:].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, FP8])
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("shape", [(96, 128), (64, 576), (160, 96), (130, 320)])
+@pytest.mark.parametrize("shape", [(96, 128), (64, 576), (160, 96), (130, 320), (64, 40)])
 def test_8_bits_are_the_weight_turned_and_scaled(
     shape: tuple[int, int], transposed: bool, dtype: torch.dtype, kernel: Run, device: torch.device
 ) -> None:

@@ -121,6 +121,10 @@ def test_swiglu_and_its_gradient(
     assert near(back[:, : 2 * width], x.grad, TOLERANCE[dtype]) and back[:, 2 * width :].isnan().all()
     assert near(hidden[:, :width], expected.detach(), TOLERANCE[dtype])
     check_quantized(made, back[:, : 2 * width], quantizer)
+    for run in (kernel, lambda function, *given: function(*given)):  # in place of what it is made of
+        own, mine = both.clone(), gradient.clone()
+        run(rowwise.swiglu_backward, mine, own, own, mine, quantizer)
+        assert near(own, x.grad, TOLERANCE[dtype]) and near(mine, expected.detach(), TOLERANCE[dtype])
     plain, hidden = torch.empty(4, 2 * width, dtype=torch.float64), torch.empty(4, width, dtype=torch.float64)
     rowwise.swiglu_backward(gradient.double().cpu(), both.double().cpu(), plain, hidden)
     assert near(plain, x.grad, 1e-12) and near(hidden, expected.detach(), 1e-12)

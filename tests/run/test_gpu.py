@@ -150,7 +150,10 @@ def test_stopped_and_resumed_a_run_on_a_gpu_is_equal_to_the_bit(name: str, finet
     assert_equal(tmp_path / "cut", tmp_path / "whole")
 
 
-def test_a_replayed_batch_is_the_computed_one_to_the_bit(random_samples: Callable[..., list[Sample]]) -> None:
+@pytest.mark.parametrize("keep", [Keep.ALL, Keep.OFFLOADED])
+def test_a_replayed_batch_is_the_computed_one_to_the_bit(
+    keep: Keep, random_samples: Callable[..., list[Sample]]
+) -> None:
     device = torch.device("cuda")
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
@@ -160,7 +163,9 @@ def test_a_replayed_batch_is_the_computed_one_to_the_bit(random_samples: Callabl
     apply_document_attention(model)
     model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")).to(device)
     apply_fused_layers(model, torch.bfloat16)
-    layers = list(decoder_layers(model))
+    layers: list[Any] = list(decoder_layers(model))
+    for layer in layers:
+        layer.keep = keep
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in parameters:
         torch.nn.init.normal_(parameter, std=0.1)

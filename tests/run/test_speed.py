@@ -16,7 +16,6 @@ from llmrecipes.config.loading import load_config
 from llmrecipes.config.schema import RunConfig
 from llmrecipes.data.loaders import Loader
 from llmrecipes.errors import ConfigError
-from llmrecipes.kernels.decoder import Keep
 from llmrecipes.kernels.graphs import MOST, Replayed
 from llmrecipes.kernels.layers import UnknownLayerError
 from llmrecipes.precision import Precision
@@ -120,18 +119,17 @@ RECORDED = 10 * 2**30 + 40 * MOST + ROOM_BYTES
         (RECORDED, {}, True),
         (RECORDED - 1, {}, False),
         (RECORDED, {"drops": True}, False),
-        (RECORDED, {"keep": Keep.OFFLOADED}, False),
         (RECORDED, {"rope_type": "dynamic"}, False),
         (RECORDED, {"fixed_shapes": False}, False),
     ],
-    ids=["fits", "does not", "dropout", "offloaded", "angles by length", "shapes differ"],
+    ids=["fits", "does not", "dropout", "angles by length", "shapes differ"],
 )
 def test_batches_are_recorded_where_that_is_right_and_a_validation_fits_beside(
     limit: int, changed: dict[str, Any], recorded: bool, random_samples: Callable[..., list[Sample]]
 ) -> None:
-    found = {"drops": False, "keep": Keep.ALL, "rope_type": "default", "fixed_shapes": True} | changed
+    found = {"drops": False, "rope_type": "default", "fixed_shapes": True} | changed
     layer: Any = SimpleNamespace(
-        decoder=SimpleNamespace(drops=found["drops"]), keep=found["keep"],
+        decoder=SimpleNamespace(drops=found["drops"]),
         self_attn=SimpleNamespace(config=SimpleNamespace(rope_parameters={"rope_type": found["rope_type"]})),
     )  # fmt: skip
     precision = Precision(torch.device("cuda"), torch.bfloat16, torch.float32, loss_scaling=False)
