@@ -37,6 +37,8 @@ class Shape:
     eight_bit: bool = False
     in_one: bool = False
     """whether LoRA stands in one matrix with the frozen weights"""
+    drops: bool = False
+    """whether LoRA has dropout"""
 
     @classmethod
     def of(cls, config: Any, **more: Any) -> "Shape":
@@ -109,7 +111,8 @@ class Shape:
     def passing_bytes(self, tokens: int, keep: Keep) -> int:
         """Bytes that the backward pass of one layer takes at its fullest beyond what is kept, or the head does."""
         rows = tokens if keep == Keep.ALL else min(tokens, MLP_ROWS)
-        mlp = rows * self.hidden * ((4 if self.in_one else 1) * self.compute + (2 if self.eight_bit else 0))
+        hidden = 4 if self.in_one else 3 if self.drops else 1  # times its width: without either it is made in place
+        mlp = rows * self.hidden * (hidden * self.compute + (2 if self.eight_bit else 0))
         mlp += 0 if keep == Keep.ALL else rows * 2 * self.hidden * self.compute
         again = 0 if keep >= Keep.WITHOUT_GATE_UP else tokens * self.kept_bytes(Keep.WITHOUT_GATE_UP)
         stream = 3 * tokens * self.width * self.stream

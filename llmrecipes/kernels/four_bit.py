@@ -80,11 +80,12 @@ def expand(weight: FourBit, out: torch.Tensor) -> torch.Tensor:
 def expand_scaled(weight: FourBit, out: torch.Tensor, scales: torch.Tensor, rotation: int) -> torch.Tensor:
     """Writes the weight turned and over its scales, one a row, into `out`, [rows, width], and returns it.
 
-    `out` is in 8 bits; int8 is rounded.
+    `out` is in 8 bits; int8 is rounded, and alone is turned by a kernel.
     """
+    turns = out.dtype == torch.int8 and weight.width % (2 * rotation) == 0 and _in_words(out, 2)
     if runs_triton(out) and rotation == 1:
         _launch(weight, out, scales)
-    elif runs_triton(out) and weight.width % (2 * rotation) == 0 and _in_words(out, 2):
+    elif runs_triton(out) and turns:
         half = weight.width // (2 * rotation)
         pairs = min(2048 // rotation, weight.block // 2, triton.next_power_of_2(half))
         _expand_turned[(weight.rows, triton.cdiv(half, pairs))](
@@ -108,7 +109,7 @@ def _launch(weight: FourBit, out: torch.Tensor, scales: torch.Tensor | None) -> 
 
 def expand_transposed(weight: FourBit, out: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """Writes the weight transposed and over its scales, one a column of it, into `out`, [width, rows], in 8 bits."""
-    if not runs_triton(out) or not _in_words(out, 4):
+    if not runs_triton(out) or weight.width % 2 or not _in_words(out, 4):
         return out.copy_(in_8_bits(expanded(weight).t() / scales[:, None], out.dtype))
     fours, pairs = 16, 32
     _expand_columns[(triton.cdiv(weight.rows, 4 * fours), triton.cdiv(weight.width, 2 * pairs))](
@@ -216,7 +217,7 @@ def _expand_turned(
     number = start // (block // 2)
     scale = _scale_at(scales, scale_table, scale_scales, offset, number, piece >= 0, scale_block, nested)
     if half % (block // 2) > 0 or block // 2 % pairs > 0:
-        there = (number + 1) * block < rows * (2 * pieces * half)
+        there = (number + 1) * (block // 2) // (pieces * half) < rows  # the row that it begins in
         after = _scale_at(scales, scale_table, scale_scales, offset, number + 1, there, scale_block, nested)
         scale = tl.where(start % (block // 2) + within < block // 2, scale, after)
     factor = pieces**-0.5 / tl.load(out_scales + row)

@@ -27,12 +27,20 @@ class Replayed:
     """A loss of a model, summed over a batch's supervised tokens, that is recorded and played where gradients are
     wanted. One backward follows each forward: the next forward writes over the gradient.
 
-    `refresh` brings what the loss derives from the parameters up to date. Records share the memory that a forward and
-    backward need, and hold it for as long as they live: where the rest does not suffice, they are given up for good.
+    `refresh` brings what the loss derives from the parameters up to date; `settle` has the GPU wait for what streams
+    of the loss's own are doing. Records share the memory that a forward and backward need, and hold it for as long as
+    they live: where the rest does not suffice, they are given up for good.
     """
 
-    def __init__(self, loss: LossSum, parameters: Sequence[torch.nn.Parameter], refresh: Callable[[], None]) -> None:
-        self.loss, self.parameters, self.refresh, self.most = loss, list(parameters), refresh, MOST
+    def __init__(
+        self,
+        loss: LossSum,
+        parameters: Sequence[torch.nn.Parameter],
+        refresh: Callable[[], None],
+        settle: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.loss, self.parameters, self.most = loss, list(parameters), MOST
+        self.refresh, self.settle = refresh, settle
         self.seen: set[Hashable] = set()
         """shapes of batches"""
         self.records: dict[Hashable, Record] = {}
@@ -87,8 +95,7 @@ class Replayed:
 
     def _record(self, model: Any, batch: Batch, precision: Precision) -> "Record":
         self._pool = self._pool or torch.cuda.graph_pool_handle()
-        torch.cuda.empty_cache()  # of what batches that are computed left: a record has memory of its own
-        return Record(lambda given: self._computed(model, given, precision), batch, self._pool)
+        return Record(lambda given: self._computed(model, given, precision), batch, self._pool, self.settle)
 
     def _computed(self, model: Any, batch: Batch, precision: Precision) -> Result:
         with torch.enable_grad():
@@ -99,7 +106,7 @@ class Replayed:
 class Record:
     """One recorded computation of a batch's loss and gradients."""
 
-    def __init__(self, compute: Callable[[Batch], Result], batch: Batch, pool: Any) -> None:
+    def __init__(self, compute: Callable[[Batch], Result], batch: Batch, pool: Any, settle: Callable[[], None]) -> None:
         moved: dict[str, Any] = {name: tensor.clone() for name, tensor in _tensors(batch).items()}
         layout = batch.layout
         if isinstance(layout, DocumentSpans):
@@ -109,7 +116,11 @@ class Record:
         # Other threads of the process go on; what they do is not recorded.
         stream = torch.cuda.current_stream()
         with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            self.total, self.gradients = compute(self.batch)
+            try:
+                self.total, self.gradients = compute(self.batch)
+            except BaseException:
+                settle()  # a record that a stream has not come back to ends in an error that hides this one
+                raise
 
     def play(self, batch: Batch) -> Result:
         """Returns what was computed, for another batch of the same shape."""

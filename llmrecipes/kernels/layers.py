@@ -104,6 +104,7 @@ class _Step(torch.autograd.Function):
         with torch.autocast(gradient.device.type, enabled=False):
             if ctx.stored is not None:
                 kept.x = ctx.stored.take()
+                ctx.stored = None
             found, trained = decoder.backward(gradient, kept, shared, ctx.seed, ctx.needs_input_grad[0])
         return found, None, None, *trained
 

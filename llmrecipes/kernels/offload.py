@@ -14,7 +14,8 @@ class HostMemory:
 
     Copies have a stream of their own. The host hands out work far ahead of the GPU, so memory is not left to the
     allocator's marks: a tensor that is being copied is held until the next one is, and the GPU waits for it then.
-    Places in the host's memory are used again, so that a recorded computation finds them where they were.
+    Places in the host's memory are used again, as many as are in use at once and as large as the largest batch wants
+    them; those of a recorded computation stay where they are.
     """
 
     def __init__(self) -> None:
@@ -23,6 +24,7 @@ class HostMemory:
         self._last: weakref.ref[Stored] | None = None
         self._leaving: torch.Tensor | None = None
         self._idle: list[torch.Tensor] = []
+        self._recorded: list[torch.Tensor] = []
         self._copies = False
         """whether copies are under way"""
 
@@ -50,15 +52,23 @@ class HostMemory:
         self._leaving, self._copies = None, False
 
     def place_for(self, x: torch.Tensor) -> torch.Tensor:
-        """Returns a tensor like `x` in pinned memory, one that was used before where there is one."""
-        for number, place in enumerate(self._idle):
-            if place.shape == x.shape and place.dtype == x.dtype:
-                return self._idle.pop(number)
-        return torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+        """Returns a place in pinned memory for `x`, flat and perhaps larger; one that is too small makes way for it."""
+        fitting = [place for place in self._idle if place.dtype == x.dtype and place.numel() >= x.numel()]
+        chosen = min(fitting or self._idle, key=torch.Tensor.numel, default=None)
+        self._idle = [place for place in self._idle if place is not chosen]
+        place = chosen if chosen is not None and fitting else pinned(x)
+        if torch.cuda.is_current_stream_capturing():
+            self._recorded.append(place)
+        return place
 
     def give_back(self, place: torch.Tensor) -> None:
         """Takes back a place; what is copied there from now on follows what was copied from there."""
         self._idle.append(place)
+
+
+def pinned(x: torch.Tensor) -> torch.Tensor:
+    """Returns unwritten pinned memory for the numbers of a tensor, flat."""
+    return torch.empty(x.numel(), dtype=x.dtype, pin_memory=True)
 
 
 class Stored:
@@ -67,7 +77,8 @@ class Stored:
     def __init__(self, x: torch.Tensor, memory: HostMemory, before: weakref.ref[Stored] | None) -> None:
         self._memory, self._device, self._before = memory, x.device, before
         self._back: torch.Tensor | None = None
-        self._host = memory.place_for(x)
+        self._place = memory.place_for(x)
+        self._host = self._place[: x.numel()].view(x.shape)
         with memory.copying(x.device):
             self._host.copy_(x, non_blocking=True)
 
@@ -83,7 +94,7 @@ class Stored:
             self.fetch()
         assert self._back is not None
         self._memory.wait(self._device)
-        self._memory.give_back(self._host)
+        self._memory.give_back(self._place)
         before = self._before() if self._before else None
         if before is not None:
             before.fetch()

@@ -182,7 +182,7 @@ class Projections:
     ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
         """Returns the gradient of the rows, [rows, width], where it is wanted, and those of `trained`.
 
-        `rows` are in a buffer. Lets go of the gradient of the outputs.
+        `rows` are in a buffer. Lets go of the gradient of the outputs where it is there in 8 bits.
         """
         inner = self.low_gradient(gradient, low)
         found = self.gradients(gradient, rows, low, inner)
@@ -221,7 +221,9 @@ class Projections:
         found = self.storage.gradients(given, rows)
         if low is None or inner is None:
             return found
-        downs = None if low.seed is not None else weight_gradient(inner, rows, self.adapters[0].down.dtype)
+        downs = None
+        if low.seed is None:
+            downs = weight_gradient(inner[:, : sum(self.ranks)], rows, self.adapters[0].down.dtype)
         for place, (adapter, columns) in enumerate(zip(self.adapters, self._columns(), strict=True)):
             if downs is None:
                 kept = dropped(rows, adapter.dropout, (low.seed or 0) + place)

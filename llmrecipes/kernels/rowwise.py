@@ -179,7 +179,8 @@ def swiglu_backward(
         _swiglu_backward[(gate_up.shape[0],)](
             gradient, gate_up, out, hidden, *made, gradient.stride(0), gate_up.stride(0), out.stride(0),
             hidden.stride(0), quantizes=quantizer is not None,
-            part=part_of(width), size=width, **rounding(quantizer), num_warps=16,
+            part=part_of(width), size=width, **rounding(quantizer),
+            num_warps=min(16, max(1, part_of(width) // 32)),  # in place: no two threads have the same number
         )  # fmt: skip
         return made if quantizer else None
     kind = statistics_of(gate_up)

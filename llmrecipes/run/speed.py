@@ -103,6 +103,7 @@ def fused_shape(model: Any, layer: Any, config: RunConfig, precision: Precision,
         compute=precision.compute.itemsize,
         eight_bit=compute != EXACT,
         in_one=config.use_peft and config.quantization is None and config.lora_config.lora_dropout == 0,
+        drops=config.use_peft and config.lora_config.lora_dropout > 0,
     )
 
 
@@ -178,7 +179,10 @@ def replay_batches(config: RunConfig, fused: Fused, loader: Loader, updater: Upd
         for layer in layers:
             layer.refresh()
 
-    updater.loss = Replayed(updater.loss, updater.parameters, refresh)
+    def settle() -> None:
+        layers[0].host_memory.wait(precision.device)
+
+    updater.loss = Replayed(updater.loss, updater.parameters, refresh, settle)
     return "batches replayed as CUDA graphs"
 
 

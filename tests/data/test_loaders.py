@@ -158,6 +158,19 @@ def test_fixed_shapes_are_one_shape_and_nothing_but_padding_more(strategy: str, 
     assert [batch.sample_rows for batch in fixed] == [batch.sample_rows for batch in plain]
 
 
+@pytest.mark.parametrize(("row_tokens", "multiple"), [(2048, 256), (8192, 512), (16384, 1024)])
+def test_places_that_predict_are_rounded_up_the_more_the_larger_the_batch(
+    row_tokens: int, multiple: int, random_samples: Samples
+) -> None:
+    settings: dict[str, Any] = {"strategy": "packing", "row_tokens": row_tokens, "batch_rows": 2, "seed": 1}
+    samples = random_samples(1200, longest=60)
+    for fixed in (True, False):
+        loader = Loader(samples, **settings, layout=document_spans, fixed_shapes=fixed)
+        batches = [batch for window in loader.windows(0) for batch in window]
+        rounded = [len(batch.predicting) == -(-batch.supervised_tokens // multiple) * multiple for batch in batches]
+        assert all(rounded) if fixed else not any(rounded)
+
+
 def test_one_shape_of_spans_serves_a_whole_epoch_of_samsum_like_lengths() -> None:
     lengths = np.random.default_rng(0).lognormal(5.0, 0.5, 3000).astype(int).clip(10, 900)
     nothing = np.zeros(1, dtype=np.int32)

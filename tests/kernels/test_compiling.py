@@ -60,6 +60,14 @@ KERNELS: dict[str, tuple[Any, tuple[str, ...], dict[str, Any]]] = {
         four_bit._expand, (*PARTS, BF16, F32, "i32", "i32"),
         {**FOUR_BIT, "width": 11008, "scaled": False, "integer": False, "held": 32},
     ),
+    "expand in fp8": (
+        four_bit._expand, (*PARTS, F8, F32, "i32", "i32"),
+        {**FOUR_BIT, "width": 11008, "scaled": True, "integer": False, "held": 32},
+    ),
+    "expand transposed, blocks over rows": (
+        four_bit._expand_columns, (*PARTS, "*i32", F32, "i32", "i32", "i32"),
+        {**FOUR_BIT, "integer": False, "aligned": False, "fours": 16, "pairs": 32},
+    ),
     "expand in 8 bits": (
         four_bit._expand_turned,
         (*PARTS, "*i16", F32, "i32", "i32"),
@@ -108,6 +116,8 @@ WARPS = {
     "expand": 1,
     "expand in 8 bits": 1,
     "expand transposed": 1,
+    "expand transposed, blocks over rows": 1,
+    "expand in fp8": 1,
     "expand fp8": 8,
     "expand fp8 to int8": 8,
     "norm": 8,

@@ -70,3 +70,26 @@ def test_8_bits_are_the_weight_turned_and_scaled(
         near = error <= (scales[:, None] * 0.6 if dtype == torch.int8 else turned.abs() / 15 + scales[:, None] / 100)
         # Triton's interpreter rounds float8 wrongly where the exponent changes; a GPU does not.
         assert float(near.float().mean()) >= (0.75 if dtype == FP8 and device.type == "cpu" else 1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, FP8])
+def test_a_weight_is_written_beside_others(dtype: torch.dtype, kernel: Run, device: torch.device) -> None:
+    """As gate and up are: one below the other, or, transposed, side by side; from any row on, even or odd."""
+    for above in (4, 6, 7):
+        four_bit = FourBit.of(packed(40, 96, ("nf4", True), device))
+        numbers = expanded(four_bit)
+        below, beside = (poisoned(*shape, dtype=dtype, device=device) for shape in ((60, 96), (96, 60)))
+        before = below.clone(), beside.clone()
+        rotation = 32 if dtype == torch.int8 else 1
+        largest = 127 if dtype == torch.int8 else 448
+        turned = rotated(numbers, rotation)
+        scales, column_scales = turned.abs().amax(1) / largest, numbers.abs().amax(0) / largest
+        kernel(expand_scaled, four_bit, below[above : above + 40], scales, rotation)
+        kernel(expand_transposed, four_bit, beside[:, above : above + 40], column_scales)
+        rest = [row for row in range(60) if not above <= row < above + 40]
+        assert torch.equal(below[rest].view(torch.uint8), before[0][rest].view(torch.uint8))
+        assert torch.equal(beside[:, rest].view(torch.uint8), before[1][:, rest].view(torch.uint8))
+        if dtype == torch.int8:  # see above of float8
+            assert (below[above : above + 40] * scales[:, None] - turned).abs().max() <= scales.max() * 0.6
+            made = beside[:, above : above + 40] * column_scales[:, None]
+            assert (made - numbers.t()).abs().max() <= column_scales.max() * 0.6

@@ -123,7 +123,7 @@ def test_swiglu_and_its_gradient(
     check_quantized(made, back[:, : 2 * width], quantizer)
     for run in (kernel, lambda function, *given: function(*given)):  # in place of what it is made of
         own, mine = both.clone(), gradient.clone()
-        run(rowwise.swiglu_backward, mine, own, own, mine, quantizer)
+        check_quantized(run(rowwise.swiglu_backward, mine, own, own, mine, quantizer), own, quantizer)
         assert near(own, x.grad, TOLERANCE[dtype]) and near(mine, expected.detach(), TOLERANCE[dtype])
     plain, hidden = torch.empty(4, 2 * width, dtype=torch.float64), torch.empty(4, width, dtype=torch.float64)
     rowwise.swiglu_backward(gradient.double().cpu(), both.double().cpu(), plain, hidden)

@@ -150,18 +150,15 @@ def test_stopped_and_resumed_a_run_on_a_gpu_is_equal_to_the_bit(name: str, finet
     assert_equal(tmp_path / "cut", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("keep", [Keep.ALL, Keep.OFFLOADED])
-def test_a_replayed_batch_is_the_computed_one_to_the_bit(
-    keep: Keep, random_samples: Callable[..., list[Sample]]
-) -> None:
-    device = torch.device("cuda")
+def recorded(keep: Keep, random_samples: Callable[..., list[Sample]]) -> tuple[Any, Any, Loader]:
+    """A model of two fused layers with LoRA, the loss that records its batches, and batches of one shape."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, vocab_size=260,
     )  # fmt: skip
     model: Any = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
     apply_document_attention(model)
-    model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")).to(device)
+    model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")).cuda()
     apply_fused_layers(model, torch.bfloat16)
     layers: list[Any] = list(decoder_layers(model))
     for layer in layers:
@@ -169,27 +166,60 @@ def test_a_replayed_batch_is_the_computed_one_to_the_bit(
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in parameters:
         torch.nn.init.normal_(parameter, std=0.1)
-    precision = Precision(device, torch.bfloat16, torch.float32, loss_scaling=False)
-    replayed = Replayed(fused_loss_sum, parameters, lambda: [layer.refresh() for layer in layers])
+    replayed = Replayed(
+        fused_loss_sum, parameters, lambda: [layer.refresh() for layer in layers],
+        lambda: layers[0].host_memory.wait(torch.device("cuda")),
+    )  # fmt: skip
     loader = Loader(
         random_samples(80, longest=100), "packing", 512, 1, seed=0, layout=document_spans, fixed_shapes=True
     )
+    return model, replayed, loader
+
+
+def gradient(model: Any, loss: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss and all its gradients."""
+    device = torch.device("cuda")
+    model.zero_grad()
+    value = loss(model, batch.to(device), Precision(device, torch.bfloat16, torch.float32, loss_scaling=False))
+    (value / 7).backward()
+    return value.detach(), torch.cat([each.grad.flatten() for each in model.parameters() if each.requires_grad])
+
+
+@pytest.mark.parametrize("keep", [Keep.ALL, Keep.OFFLOADED])
+def test_a_replayed_batch_is_the_computed_one_to_the_bit(
+    keep: Keep, random_samples: Callable[..., list[Sample]]
+) -> None:
+    model, replayed, loader = recorded(keep, random_samples)
     losses = []
-
-    def gradient(loss: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        model.zero_grad()
-        value = loss(model, batch.to(device), precision)
-        (value / 7).backward()
-        return value.detach(), torch.cat([each.grad.flatten() for each in parameters])
-
-    optimizer = torch.optim.AdamW(parameters, lr=1e-2, fused=True)
+    optimizer = torch.optim.AdamW(replayed.parameters, lr=1e-2, fused=True)
     for window in loader.windows(0):
-        computed = Replayed(fused_loss_sum, parameters, replayed.refresh)
-        expected_loss, expected = gradient(computed, window[0])
-        found_loss, found = gradient(replayed, window[0])
+        computed = Replayed(fused_loss_sum, replayed.parameters, replayed.refresh)
+        expected_loss, expected = gradient(model, computed, window[0])
+        found_loss, found = gradient(model, replayed, window[0])
         assert torch.equal(found_loss, expected_loss) and torch.equal(found, expected)
         losses.append(float(found_loss))
         optimizer.step()
-        torch.autograd.graph.increment_version(parameters)
+        torch.autograd.graph.increment_version(replayed.parameters)
     assert len(set(losses)) == len(losses) > 4
     assert replayed.records
+
+
+@pytest.mark.parametrize("keep", [Keep.ALL, Keep.OFFLOADED])
+def test_a_record_that_the_memory_does_not_hold_is_given_up(
+    keep: Keep, random_samples: Callable[..., list[Sample]]
+) -> None:
+    model, replayed, loader = recorded(keep, random_samples)
+
+    def loss(*given: Any) -> torch.Tensor:
+        total = fused_loss_sum(*given)
+        if torch.cuda.is_current_stream_capturing():
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return total
+
+    batch = next(iter(loader.windows(0)))[0]
+    expected_loss, expected = gradient(model, replayed, batch)
+    replayed.loss = loss
+    for _ in range(2):
+        found_loss, found = gradient(model, replayed, batch)
+        assert torch.equal(found_loss, expected_loss) and torch.equal(found, expected)
+    assert not replayed.records and not replayed.most

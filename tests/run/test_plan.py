@@ -31,19 +31,19 @@ NESTED = {"quantization": "4bit", "quantization_config.use_double_quant": "true"
 
 MEASURED: dict[str, tuple[dict[str, str], float]] = {
     "16,384 tokens, bf16": (LORA | {"batch_size_training": "4"}, 60.7),
-    "16,384 tokens, NF4": (LORA | {"batch_size_training": "4", "quantization": "4bit"}, 52.3),
+    "16,384 tokens, NF4": (LORA | {"batch_size_training": "4", "quantization": "4bit"}, 51.8),
     "the whole model": ({"batch_size_training": "4", "pure_bf16": "true"}, 85.0),
     "4,096 tokens, NF4": (
         LORA | NESTED | {"batch_size_training": "1", "gradient_accumulation_steps": "4", "activation_memory": "keep"},
-        16.4,
+        16.0,
     ),
     "4,096 tokens, NF4, least memory": (
         LORA | NESTED | {"batch_size_training": "1", "gradient_accumulation_steps": "4", "activation_memory": "offload",
                          "optimizer": "adamw_8bit"},
-        4.9,
+        4.75,
     ),
 }  # fmt: skip
-"""Flags of a 7B with rows of 4,096 tokens -> peak GiB on an H200 (benchmarks/gpu.py, 2026-11-25, torch 2.11)."""
+"""Flags of a 7B with rows of 4,096 tokens -> peak GiB on an H200 (benchmarks/gpu.py, 2026-11-30, torch 2.11)."""
 
 
 def sized(flags: dict[str, str], **shape: int) -> tuple[Any, Shape, Loader, PlanConfig]:
@@ -88,8 +88,8 @@ def test_a_base_in_fp8_takes_a_byte_a_weight_and_four_a_row() -> None:
 def test_a_large_model_takes_the_time_of_its_matmuls() -> None:
     _, shape, loader, config = sized(LORA | {"batch_size_training": "4"})
     seconds, bound, told = module.training_time(shape, loader, config, module.CARDS["h200"], EXACT)
-    assert bound == "about" and "55% of its 989 TFLOP/s" in told
-    assert seconds == module.operations(shape, loader, config) / (0.55 * 989e12)
+    assert bound == "about" and "56% of its 989 TFLOP/s" in told
+    assert seconds == module.operations(shape, loader, config) / (0.56 * 989e12)
 
 
 def test_a_small_model_takes_at_least_the_time_of_its_kernels() -> None:
