@@ -157,7 +157,9 @@ class Loader:
             # Of its own: torch would draw the workers' seed from the generator that dropout uses.
             generator=torch.Generator().manual_seed((self.seed or 0) + epoch),
         )
-        for window in loader:
+        with _signals_held():
+            windows = iter(loader)  # starts the workers
+        for window in windows:
             if isinstance(window, LlmRecipesError):
                 raise window
             yield window
@@ -318,9 +320,27 @@ def _check_layout(input_ids: torch.Tensor, labels: torch.Tensor, documents: torc
 
 def _deaf_to_signals(worker: int) -> None:
     """Leaves it to the trainer to end a worker: a signal to the whole group must not kill the step being saved."""
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in _asking_signals():
+        signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Holds back in this thread, and in workers that it starts until they are deaf, what torch has them die of."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _asking_signals())
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _asking_signals() -> list[signal.Signals]:
+    """Returns the signals that ask a run to stop or to save, as far as this system has them."""
+    names = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
+    return [getattr(signal, name) for name in names if hasattr(signal, name)]
 
 
 def _end_workers() -> None:

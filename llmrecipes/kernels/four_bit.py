@@ -73,7 +73,7 @@ def expand(weight: FourBit, out: torch.Tensor) -> torch.Tensor:
     """Writes the weight into `out`, [rows, width] of a floating type, and returns it: bitsandbytes' own numbers."""
     if not runs_triton(out):
         return out.copy_(expanded(weight))
-    _launch(weight, out, None)
+    _expand_blocks(weight, out, None)
     return out
 
 
@@ -84,7 +84,7 @@ def expand_scaled(weight: FourBit, out: torch.Tensor, scales: torch.Tensor, rota
     """
     turns = out.dtype == torch.int8 and weight.width % (2 * rotation) == 0 and _in_words(out, 2)
     if runs_triton(out) and rotation == 1:
-        _launch(weight, out, scales)
+        _expand_blocks(weight, out, scales)
     elif runs_triton(out) and turns:
         half = weight.width // (2 * rotation)
         pairs = min(2048 // rotation, weight.block // 2, triton.next_power_of_2(half))
@@ -97,7 +97,8 @@ def expand_scaled(weight: FourBit, out: torch.Tensor, scales: torch.Tensor, rota
     return out
 
 
-def _launch(weight: FourBit, out: torch.Tensor, scales: torch.Tensor | None) -> None:
+def _expand_blocks(weight: FourBit, out: torch.Tensor, scales: torch.Tensor | None) -> None:
+    """Has the weight written into `out` as it is, or over `scales`, one a row."""
     held = max(1, 2048 // weight.block)
     blocks = triton.cdiv(weight.rows * weight.width, weight.block)
     _expand[(triton.cdiv(blocks, held),)](

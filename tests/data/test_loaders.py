@@ -20,6 +20,7 @@ from torch.utils.data import get_worker_info
 from transformers import DataCollatorForSeq2Seq
 
 from llmrecipes.batch import Batch, DocumentSpans, Sample, Window, document_groups, document_spans
+from llmrecipes.data import loaders
 from llmrecipes.data.loaders import Loader, collated_batch, padded_batch
 from llmrecipes.data.store import store_of
 from llmrecipes.errors import PluginError
@@ -482,6 +483,24 @@ windows = Loader([Sample(ids, ids, row) for row in range(50)], "padding", 8, bat
 next(windows)
 raise KeyError("our own bug")
 """
+
+
+DEAF = loaders._deaf_to_signals
+
+
+def asked_to_stop_before_it_is_deaf(worker: int) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    DEAF(worker)
+
+
+def test_a_signal_that_meets_a_worker_at_its_start_ends_nothing(
+    random_samples: Samples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loaders, "_deaf_to_signals", asked_to_stop_before_it_is_deaf)
+    loader = Loader(random_samples(9), "packing", 64, 2, workers=2)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    assert len(list(loader.windows(0))) == len(loader.window_rows(0)) > 1
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
 
 
 def test_a_process_with_workers_left_ends_all_the_same() -> None:
