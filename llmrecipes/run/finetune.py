@@ -43,6 +43,7 @@ from llmrecipes.run.output import ResultWriter, check_output_dir, disk_told
 from llmrecipes.run.preparing import (
     determinism_told,
     load_split,
+    precision_notices,
     run_lanes,
     run_precision,
     set_deterministic,
@@ -132,7 +133,8 @@ def stations(loaded: Loaded[RunConfig], config_path: str | None, keeper: Keeper)
     kernels += [f"warmed up in {duration(time.perf_counter() - warming)}" if fitted.peak_bytes else ""]
     plan = replace(train_plan(config, loaders), operations=operation_counter(model, config, precision))
     profiled(config, loaders.training, plan.steps)
-    notices = [*told, *keeper.notices(describe), *plugin_notices(functions), *loaded.notices, *loaders.notices]
+    notices = [*told, *precision_notices(precision), *keeper.notices(describe), *plugin_notices(functions)]
+    notices += [*loaded.notices, *loaders.notices]
     shown = shown_plan(config, loaders, model, precision, plan, kernels, notices)
     seconds = fitted.batch_seconds and plan.steps * loaders.training.window_batches * fitted.batch_seconds
     print(plan_text(replace(shown, memory_bytes=fitted.peak_bytes, seconds=seconds)), flush=True)

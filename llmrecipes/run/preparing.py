@@ -26,7 +26,7 @@ from llmrecipes.models.folders import local_path
 from llmrecipes.models.identity import check_base
 from llmrecipes.models.loading import load_tokenizer, model_config, model_limits
 from llmrecipes.plugins import Plugin
-from llmrecipes.precision import Precision, resolve_precision
+from llmrecipes.precision import Precision, computes_bf16, resolve_precision
 from llmrecipes.prompt_contract import PromptContract, load_contract
 from llmrecipes.reports.progress import reading
 from llmrecipes.training.lanes import lane_count
@@ -79,6 +79,16 @@ def run_precision(config: RunConfig) -> Precision:
     return resolve_precision(
         config.device, config.mixed_precision, config.use_fp16, pure_bf16=config.fsdp_config.pure_bf16
     )
+
+
+def precision_notices(precision: Precision) -> list[str]:
+    """Returns a notice where the device only emulates the type that is computed in."""
+    if precision.compute != torch.bfloat16 or computes_bf16(precision.device):
+        return []
+    return [
+        "this CPU only emulates bf16, and is many times slower in it than in float32; leave out --mixed_precision and "
+        "--pure_bf16"
+    ]
 
 
 def run_lanes(config: RunConfig, source: str, precision: Precision) -> int:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from llmrecipes.command import run_command
 from llmrecipes.errors import ConfigError, PluginError, TrainingError
+from llmrecipes.run import preparing
 
 Command = Callable[..., int]
 Losses = Callable[[Path], list[float]]
@@ -278,6 +279,21 @@ def test_continuing_an_adapter_begins_where_it_ended(
     finetune(tmp_path / "fresh", **whole)
     assert losses(tmp_path / "second")[0] == pytest.approx(ended["eval_loss"], abs=1e-5)
     assert losses(tmp_path / "fresh")[0] > losses(tmp_path / "second")[0] + 0.01
+
+
+@pytest.mark.parametrize(("matrix_units", "told"), [(True, 0), (False, 1)])
+def test_a_cpu_that_only_emulates_bfloat16_is_told(
+    matrix_units: bool,
+    told: int,
+    finetune: Command,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(preparing, "computes_bf16", lambda device: matrix_units)
+    assert finetune(tmp_path / "out", mixed_precision=True, max_train_step=1) == 0
+    assert finetune(tmp_path / "float32", mixed_precision=False, max_train_step=1) == 0
+    assert capsys.readouterr().out.count("only emulates bf16") == told
 
 
 # --- precision, optimizers --------------------------------------------------------------------------------------------
