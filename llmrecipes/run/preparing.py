@@ -86,8 +86,8 @@ def precision_notices(precision: Precision) -> list[str]:
     if precision.compute != torch.bfloat16 or computes_bf16(precision.device):
         return []
     return [
-        "this CPU only emulates bf16, and is many times slower in it than in float32; leave out --mixed_precision and "
-        "--pure_bf16"
+        "this device only emulates bf16, and is many times slower in it than in float32; leave out "
+        "--mixed_precision and --pure_bf16"
     ]
 
 
